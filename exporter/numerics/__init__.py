@@ -1,0 +1,1 @@
+"""Pure array functions: number formats, packing, rounding. Numpy only, no I/O."""

@@ -1,0 +1,53 @@
+"""Symmetric integers with f16 scales: GGUF, MatMulNBits, TensorRT and GPTQ all hold them exactly.
+
+The scale is rounded to float16 first and codes are chosen against the rounded scale, so what is
+stored is what was meant.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.numerics.bits import pack_nibbles
+from exporter.numerics.floats import F32
+from exporter.types.qtensor import U8
+from exporter.types.scheme import Scheme
+
+F16_MAX = float(np.finfo(np.float16).max)
+
+
+def quantize(values: F32, scheme: Scheme) -> tuple[U8, npt.NDArray[np.float16]]:
+    """Round float32 [..., K] to symmetric integers: packed codes and float16 scales [..., K/group].
+
+    scale = f16(amax / (2^(bits-1) - 1)), codes = round-half-even(value / scale) + zero. A group
+    whose scale rounds to zero (amax under 2^-25 or so) becomes exact zeros with scale 0, as in
+    ggml's quantize_row_q8_0. Raises ValueError for NaN, infinity or a scale beyond float16.
+    """
+    top = (1 << (scheme.bits - 1)) - 1
+    groups = values.reshape(-1, scheme.group)  # [rows * K/group, group]
+    amax = np.maximum(groups.max(axis=-1), -groups.min(axis=-1))
+    if not np.isfinite(amax).all():
+        raise ValueError(f"NaN or infinity cannot be stored as {scheme.name}")
+    if amax.size and float(amax.max()) / top > F16_MAX:
+        raise ValueError(f"magnitude {float(amax.max()):g} needs a scale beyond float16")
+    scales = (amax / np.float32(top)).astype(np.float16)
+    wide = scales.astype(np.float32)
+    inverse = np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
+    scaled = groups * inverse[:, None]
+    np.rint(scaled, out=scaled)
+    # f16 rounding of the scale can push amax past the top code.
+    np.clip(scaled, -top, top, out=scaled)
+    scaled += np.float32(scheme.zero)
+    codes = scaled.astype(np.uint8).reshape(values.shape)
+    data = pack_nibbles(codes) if scheme.bits == 4 else codes
+    return data, scales.reshape(*values.shape[:-1], -1)
+
+
+def dequantize(codes: U8, scales: npt.NDArray[np.float16], zeros: U8 | None, scheme: Scheme) -> F32:
+    """codes uint8 [..., K] one to a byte -> float32 [..., K] = scale * (code - zero)."""
+    shape = codes.shape
+    groups = codes.reshape(*shape[:-1], -1, scheme.group).astype(np.float32)
+    groups -= np.float32(scheme.zero) if zeros is None else zeros[..., None].astype(np.float32)
+    groups *= scales.astype(np.float32)[..., None]
+    return groups.reshape(shape)
