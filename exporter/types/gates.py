@@ -1,0 +1,46 @@
+"""Gates: the measured values that decide whether an artifact is good, and in which direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GateKind:
+    """`metric` is a dotted path into an artifact's report; `sense` says on which side the limit lies."""
+
+    metric: str
+    sense: Literal["max", "min", "equal"]
+    meaning: str
+
+
+# Profiles name these under [gates]. "export" compares with the reference computed the way the runtime
+# computes it (an export error shows here); "release" compares with the reference as released, so a
+# difference of the runtime itself (llama.cpp rounds the YaRN range) is included.
+GATES: dict[str, GateKind] = {
+    "digests_equal": GateKind(
+        "digests_equal", "equal", "every tensor unpacked from the file is the one stored"
+    ),
+    "tokenizer_equal": GateKind("tokenizer_equal", "equal", "the runtime's token ids equal the tokenizer's"),
+    "export_kl_mean": GateKind("export.kl_mean", "max", "mean KL against the runtime's own arithmetic, nats"),
+    "export_kl_p99": GateKind("export.kl_p99", "max", "99th percentile of that KL, nats"),
+    "export_top1": GateKind("export.top1", "min", "share of positions with the same most likely token"),
+    "release_kl_mean": GateKind("release.kl_mean", "max", "mean KL against the released arithmetic, nats"),
+    "release_kl_p99": GateKind("release.kl_p99", "max", "99th percentile of that KL, nats"),
+    "release_top1": GateKind("release.top1", "min", "share of positions with the same most likely token"),
+    "ppl_ratio": GateKind(
+        "release.ppl_ratio", "max", "perplexity of the artifact over that of the reference"
+    ),
+    "fits": GateKind("fits", "equal", "predicted memory at the profile's context is within its hardware"),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One gate after measuring. `value` None: not measured, which never passes."""
+
+    name: str
+    value: float | bool | None
+    limit: float | bool
+    passed: bool
