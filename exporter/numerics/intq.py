@@ -15,6 +15,7 @@ from exporter.types.qtensor import U8
 from exporter.types.scheme import Scheme
 
 F16_MAX = float(np.finfo(np.float16).max)
+_CHUNK = 4096  # groups at a time: the intermediate arrays stay in the L2 cache
 
 
 def quantize(values: F32, scheme: Scheme) -> tuple[U8, npt.NDArray[np.float16]]:
@@ -24,23 +25,29 @@ def quantize(values: F32, scheme: Scheme) -> tuple[U8, npt.NDArray[np.float16]]:
     whose scale rounds to zero (amax under 2^-25 or so) becomes exact zeros with scale 0, as in
     ggml's quantize_row_q8_0. Raises ValueError for NaN, infinity or a scale beyond float16.
     """
-    top = (1 << (scheme.bits - 1)) - 1
+    top = np.float32((1 << (scheme.bits - 1)) - 1)
     groups = values.reshape(-1, scheme.group)  # [rows * K/group, group]
-    amax = np.maximum(groups.max(axis=-1), -groups.min(axis=-1))
-    if not np.isfinite(amax).all():
-        raise ValueError(f"NaN or infinity cannot be stored as {scheme.name}")
-    if amax.size and float(amax.max()) / top > F16_MAX:
-        raise ValueError(f"magnitude {float(amax.max()):g} needs a scale beyond float16")
-    scales = (amax / np.float32(top)).astype(np.float16)
-    wide = scales.astype(np.float32)
-    inverse = np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
-    scaled = groups * inverse[:, None]
-    np.rint(scaled, out=scaled)
-    # f16 rounding of the scale can push amax past the top code.
-    np.clip(scaled, -top, top, out=scaled)
-    scaled += np.float32(scheme.zero)
-    codes = scaled.astype(np.uint8).reshape(values.shape)
-    data = pack_nibbles(codes) if scheme.bits == 4 else codes
+    codes = np.empty(groups.shape, np.uint8)
+    scales = np.empty(len(groups), np.float16)
+    for i in range(0, len(groups), _CHUNK):
+        part = groups[i : i + _CHUNK]
+        # Transposed, the maximum runs along whole vectors: twice as fast as 32 numbers at a time.
+        amax = np.abs(np.ascontiguousarray(part.T)).max(axis=0)
+        if not np.isfinite(amax).all():
+            raise ValueError(f"NaN or infinity cannot be stored as {scheme.name}")
+        if float(amax.max()) / float(top) > F16_MAX:
+            raise ValueError(f"magnitude {float(amax.max()):g} needs a scale beyond float16")
+        scales[i : i + _CHUNK] = amax / top
+        wide = scales[i : i + _CHUNK].astype(np.float32)
+        inverse = np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
+        scaled = part * inverse[:, None]
+        np.rint(scaled, out=scaled)
+        # f16 rounding of the scale can push amax past the top code.
+        np.clip(scaled, -top, top, out=scaled)
+        scaled += np.float32(scheme.zero)
+        codes[i : i + _CHUNK] = scaled
+    shaped: U8 = codes.reshape(values.shape)
+    data = pack_nibbles(shaped) if scheme.bits == 4 else shaped
     return data, scales.reshape(*values.shape[:-1], -1)
 
 

@@ -19,9 +19,7 @@ class GateKind:
 # computes it (an export error shows here); "release" compares with the reference as released, so a
 # difference of the runtime itself (llama.cpp rounds the YaRN range) is included.
 GATES: dict[str, GateKind] = {
-    "digests_equal": GateKind(
-        "digests_equal", "equal", "every tensor unpacked from the file is the one stored"
-    ),
+    "digests_equal": GateKind("digests_equal", "equal", "every tensor unpacked from the file is the one stored"),
     "tokenizer_equal": GateKind("tokenizer_equal", "equal", "the runtime's token ids equal the tokenizer's"),
     "export_kl_mean": GateKind("export.kl_mean", "max", "mean KL against the runtime's own arithmetic, nats"),
     "export_kl_p99": GateKind("export.kl_p99", "max", "99th percentile of that KL, nats"),
@@ -29,9 +27,7 @@ GATES: dict[str, GateKind] = {
     "release_kl_mean": GateKind("release.kl_mean", "max", "mean KL against the released arithmetic, nats"),
     "release_kl_p99": GateKind("release.kl_p99", "max", "99th percentile of that KL, nats"),
     "release_top1": GateKind("release.top1", "min", "share of positions with the same most likely token"),
-    "ppl_ratio": GateKind(
-        "release.ppl_ratio", "max", "perplexity of the artifact over that of the reference"
-    ),
+    "ppl_ratio": GateKind("release.ppl_ratio", "max", "perplexity of the artifact over that of the reference"),
     "fits": GateKind("fits", "equal", "predicted memory at the profile's context is within its hardware"),
 }
 

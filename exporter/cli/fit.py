@@ -1,0 +1,59 @@
+"""exporter fit: does it run on the device, and with how much context."""
+
+from __future__ import annotations
+
+import click
+
+from exporter.cli import options
+from exporter.cli.output import print_json, print_table
+
+
+@click.command()
+@options.model
+@options.profile
+@options.recipe
+@options.context
+@options.as_json
+def command(model: str | None, profile: str, recipe: str | None, context: int | None, as_json: bool) -> None:
+    """Show whether a model fits a device, byte by byte.
+
+    MODEL is a folder, a Hub id, "20b" or "120b"; without it, the profile's own. Weights, KV cache
+    (sliding layers counted as such) and buffers are computed from the configuration: nothing is
+    downloaded for the released models.
+
+    \b
+    Examples:
+      exporter fit --profile 16gb --context 32768
+      exporter fit --profile 80gb 120b
+    """
+    from dataclasses import asdict
+
+    from exporter.cli.plan import fit_rows
+    from exporter.errors import Refused
+    from exporter.pipeline.plan import make_plan
+    from exporter.pipeline.profiles import load_profile
+    from exporter.pipeline.source import outline_model
+
+    loaded = load_profile(profile)
+    outline = outline_model(model or loaded.model)
+    plan = make_plan(outline.name, outline.config, outline.scheme_of, loaded, recipe=recipe, context=context)
+    if as_json:
+        rows = [
+            {
+                "artifact": a.label,
+                **asdict(a.fit),
+                "total": a.fit.total,
+                "fits": a.fit.fits,
+                "largest_context": a.largest_context,
+            }
+            for a in plan.artifacts
+        ]
+        print_json({"model": plan.model_name, "profile": plan.profile.name, "artifacts": rows})
+    else:
+        for a in plan.artifacts:
+            title = f"{a.label} of {plan.model_name} on {plan.profile.title}"
+            print_table(("memory", "bytes"), fit_rows(a.fit, a.largest_context), title, right=(1,))
+    if not all(a.fit.fits for a in plan.artifacts):
+        best = max(a.largest_context for a in plan.artifacts)
+        hint = f"--context {best} fits" if best else "take a larger --profile"
+        raise Refused(f"{plan.model_name} does not fit {plan.profile.name} at this context", hint=hint)

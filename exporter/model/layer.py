@@ -1,0 +1,217 @@
+"""One gpt-oss layer in float32 torch, its weights read as they are used.
+
+Source: openai/gpt-oss `torch/model.py` and transformers' modeling_gpt_oss.py (eager attention);
+`tests/unit/test_reference.py` compares the two forwards.
+
+Shapes: R rope variants, W windows, T tokens, H hidden, D head_dim, I intermediate, E experts. All
+variants go through a layer together, so that each expert is decoded once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from exporter.errors import MissingExtra
+from exporter.model.config import SLIDING, ModelConfig, RopeConfig
+from exporter.model.rope import attention_factor, inverse_frequencies
+from exporter.numerics.floats import F32
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# (tensor name, start, stop) -> float32 rows [start, stop) of the leading axis.
+Read = Callable[[str, int, int], F32]
+# (names of the weights about to be used, expert or None, their input [n, K]): what calibration sees.
+Observe = Callable[[tuple[str, ...], int | None, "Tensor"], None]
+# (one of the parts of a layer): called when that part is done.
+Progress = Callable[[int], None]
+
+_SCORES = 1 << 24  # attention scores held at once: 64 MiB
+_ROWS = 4096  # token rows that go through an expert, the router or the head at once
+
+
+def import_torch() -> Any:
+    """The torch module. Raises MissingExtra."""
+    try:
+        import torch
+    except ModuleNotFoundError as missing:
+        raise MissingExtra("torch", "validate", "the reference forward") from missing
+    return torch
+
+
+def as_tensor(rows: F32, device: str) -> Tensor:
+    """`rows` on the device; copied where the array is read-only, which torch must not share."""
+    rows = rows if rows.flags.writeable else rows.copy()
+    tensor: Tensor = import_torch().from_numpy(rows).to(device)
+    return tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * weight / rms(x) over the last axis."""
+    torch = import_torch()
+    out: Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [..., T, D], first half paired with second half; cos and sin [T, D/2]."""
+    torch = import_torch()
+    a, b = x.chunk(2, dim=-1)
+    out: Tensor = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return out
+
+
+class Layer:
+    """Layer `index` of the model; holds no weights between calls."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, read: Read, device: str, observe: Observe | None = None
+    ) -> None:
+        self.config, self.index, self.read, self.device = config, index, read, device
+        self.observe = observe or (lambda names, expert, rows: None)
+        self.prefix = f"model.layers.{index}."
+
+    def forward(self, x: Tensor, ropes: Sequence[RopeConfig], progress: Progress = lambda part: None) -> None:
+        """Change x [R, W, T, H] into the layer's output, in place.
+
+        `progress` is called with -1 after attention and with the expert's number after each expert.
+        """
+        torch = import_torch()
+        with torch.inference_mode():
+            self.attention(x, ropes)
+            progress(-1)
+            self.experts(x.view(-1, x.shape[-1]), progress)
+
+    def weight(self, name: str, rows: int) -> Tensor:
+        """A whole tensor of the layer; `rows` is its leading axis."""
+        return as_tensor(self.read(self.prefix + name, 0, rows), self.device)
+
+    # Attention
+
+    def attention(self, x: Tensor, ropes: Sequence[RopeConfig]) -> None:
+        """Add attention's output to x [R, W, T, H]; variant r rotates as ropes[r] says."""
+        torch, c = import_torch(), self.config
+        length, hidden = x.shape[-2:]
+        heads, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        norm = self.weight("input_layernorm.weight", hidden)
+        sinks = self.weight("self_attn.sinks", heads)
+        projections = {
+            name: (
+                self.weight(f"self_attn.{name}_proj.weight", rows),
+                self.weight(f"self_attn.{name}_proj.bias", rows),
+            )
+            for name, rows in (("q", heads * d), ("k", kv_heads * d), ("v", kv_heads * d), ("o", hidden))
+        }
+        names = {name: f"{self.prefix}self_attn.{name}_proj.weight" for name in projections}
+        for variant, rope in zip(x, ropes, strict=True):
+            angle = torch.arange(length, dtype=torch.float32)[:, None] * torch.from_numpy(
+                inverse_frequencies(rope, d)
+            )  # [T, D/2]
+            factor = attention_factor(rope)
+            cos, sin = ((f(angle) * factor).to(self.device) for f in (torch.cos, torch.sin))
+            for window in variant:  # [T, H]
+                h = rms_norm(window, norm, c.rms_norm_eps)
+                self.observe((names["q"], names["k"], names["v"]), None, h)
+                q, k, v = (  # [heads, T, D]
+                    torch.addmm(bias, h, weight.T).view(length, -1, d).transpose(0, 1)
+                    for weight, bias in (projections["q"], projections["k"], projections["v"])
+                )
+                mixed = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, sinks)  # [T, heads * D]
+                self.observe((names["o"],), None, mixed)
+                weight, bias = projections["o"]
+                window += torch.addmm(bias, mixed, weight.T)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        """Causal attention [T, heads * D] of q [heads, T, D], k and v [kv_heads, T, D], sinks [heads].
+
+        A sink is one more column of scores that every query sees and that carries no value. A
+        sliding layer's window counts the query itself: it sees keys t - window + 1 ... t.
+        """
+        torch = import_torch()
+        heads, length, d = q.shape
+        groups = k.shape[0]
+        q = q.reshape(groups, heads // groups, length, d)
+        keys, values = k[:, None], v[:, None]  # [groups, 1, T, D]
+        column = sinks.view(groups, -1, 1, 1)
+        window = self.window()
+        out = torch.empty((length, heads * d), device=q.device)
+        step = max(16, _SCORES // (heads * length))
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            first = 0 if window is None else max(0, start - window + 1)
+            scores = q[:, :, start:stop] @ keys[:, :, first:stop].transpose(-1, -2)
+            scores *= d**-0.5  # [groups, heads/groups, t, s]
+            back = torch.arange(start, stop)[:, None] - torch.arange(first, stop)  # how far back a key is
+            hidden = back < 0 if window is None else (back < 0) | (back >= window)
+            scores.masked_fill_(hidden.to(q.device), -torch.inf)
+            with_sink = torch.cat((scores, column.expand(*scores.shape[:-1], 1)), dim=-1)
+            mixed = torch.softmax(with_sink, dim=-1)[..., :-1] @ values[:, :, first:stop]
+            out[start:stop] = mixed.permute(2, 0, 1, 3).reshape(stop - start, -1)
+        return out  # type: ignore[no-any-return]
+
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included; None for all."""
+        sliding = self.config.layer_types[self.index] == SLIDING
+        return self.config.sliding_window if sliding else None
+
+    # Experts
+
+    def route(self, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each row of x [N, H] and their shares: int64 and float32 [N, top_k].
+
+        Softmax is taken over the chosen experts only.
+        """
+        torch, c = import_torch(), self.config
+        weight = self.weight("mlp.router.weight", c.num_local_experts)
+        bias = self.weight("mlp.router.bias", c.num_local_experts)
+        chosen, shares = [], []
+        for rows in torch.split(x, _ROWS):
+            h = rms_norm(rows, norm, c.rms_norm_eps)
+            self.observe((self.prefix + "mlp.router.weight",), None, h)
+            top = torch.topk(torch.addmm(bias, h, weight.T), c.num_experts_per_tok, dim=-1)
+            chosen.append(top.indices)
+            shares.append(torch.softmax(top.values, dim=-1))
+        return torch.cat(chosen), torch.cat(shares)
+
+    def experts(self, x: Tensor, progress: Progress = lambda part: None) -> None:
+        """Add the experts' output to x [N, H]; one expert decoded at a time, unused ones never."""
+        torch, c = import_torch(), self.config
+        norm = self.weight("post_attention_layernorm.weight", c.hidden_size)
+        chosen, shares = self.route(x, norm)
+        biases = {
+            name: self.weight(f"mlp.experts.{name}_proj.bias", c.num_local_experts) for name in ("gate", "up", "down")
+        }
+        total = torch.zeros_like(x)
+        for expert in range(c.num_local_experts):
+            rows, slot = torch.where(chosen == expert)
+            if len(rows):
+                gate, up, down = (self.expert_weight(name, expert) for name in ("gate", "up", "down"))
+                for part, place in zip(torch.split(rows, _ROWS), torch.split(slot, _ROWS), strict=True):
+                    # Normalising again here is cheaper than keeping a second copy of x.
+                    h = rms_norm(x[part], norm, c.rms_norm_eps)
+                    self.observe((self.expert_name("gate"), self.expert_name("up")), expert, h)
+                    inner = self.swiglu(
+                        torch.addmm(biases["gate"][expert], h, gate.T),
+                        torch.addmm(biases["up"][expert], h, up.T),
+                    )
+                    self.observe((self.expert_name("down"),), expert, inner)
+                    out = torch.addmm(biases["down"][expert], inner, down.T)
+                    total.index_add_(0, part, out * shares[part, place, None])
+            progress(expert)
+        x += total
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """(clamp(up) + 1) * g * sigmoid(alpha * g), g = min(gate, limit); not the usual SwiGLU."""
+        torch, c = import_torch(), self.config
+        gate = gate.clamp(max=c.swiglu_limit)
+        up = up.clamp(-c.swiglu_limit, c.swiglu_limit)
+        out: Tensor = (up + 1) * (gate * torch.sigmoid(gate * c.swiglu_alpha))
+        return out
+
+    def expert_name(self, projection: str) -> str:
+        return f"{self.prefix}mlp.experts.{projection}_proj.weight"
+
+    def expert_weight(self, projection: str, expert: int) -> Tensor:
+        """[N, K] of one expert."""
+        return as_tensor(self.read(self.expert_name(projection), expert, expert + 1)[0], self.device)

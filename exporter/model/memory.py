@@ -1,0 +1,88 @@
+"""What a gpt-oss model takes on a device at run time: weights, KV cache, buffers.
+
+Only full-attention layers grow with the context: 20b needs 24,576 bytes a token in f16, 120b 36,864.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exporter.model.config import FULL, ModelConfig
+from exporter.types.profile import Hardware
+
+_KV_ITEM = 2  # f16, the default of llama.cpp and ONNX Runtime
+
+
+def kv_bytes(c: ModelConfig, context: int, ubatch: int = 0) -> tuple[int, int]:
+    """Bytes of the KV cache: (full-attention layers, sliding layers).
+
+    A sliding layer keeps its window; a runtime that computes `ubatch` prompt tokens at once keeps those
+    as well, rounded up to 256 cells (llama.cpp `llama-kv-cache-iswa.cpp`). `ubatch` 0: the window alone.
+    """
+    cell = 2 * c.num_key_value_heads * c.head_dim * _KV_ITEM
+    full = sum(t == FULL for t in c.layer_types)
+    cells = min(context, c.sliding_window)
+    if ubatch:
+        cells = min(_round_up(context), _round_up(c.sliding_window + ubatch))
+        context = _round_up(context)
+    return full * context * cell, (len(c.layer_types) - full) * cells * cell
+
+
+def _round_up(cells: int) -> int:
+    return -(-cells // 256) * 256
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes on the device, line by line, against what the profile's hardware has to give."""
+
+    context: int
+    weights: int
+    kv_full: int
+    kv_sliding: int
+    logits: int
+    scratch: int
+    runtime: int
+    usable: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_full + self.kv_sliding + self.logits + self.scratch + self.runtime
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.usable
+
+
+def fit(c: ModelConfig, weights: int, hardware: Hardware, context: int | None = None) -> Fit:
+    """Whether `weights` bytes of model run on `hardware` with a `context` of tokens.
+
+    Buffers as llama.cpp allocates them: logits of one micro-batch (ubatch x vocabulary x f32), the
+    attention masks (ubatch x cells, f16 and f32), and four f32 rows of the widest activation per token.
+    """
+    context = context or hardware.context
+    kv_full, kv_sliding = kv_bytes(c, context, hardware.ubatch)
+    widest = max(c.num_attention_heads * c.head_dim, c.num_experts_per_tok * c.intermediate_size, c.hidden_size)
+    masks = hardware.ubatch * (_round_up(context) + _round_up(c.sliding_window + hardware.ubatch)) * 6
+    return Fit(
+        context=context,
+        weights=weights,
+        kv_full=kv_full,
+        kv_sliding=kv_sliding,
+        logits=hardware.ubatch * c.vocab_size * 4,
+        scratch=masks + hardware.ubatch * widest * 4 * 4,
+        runtime=hardware.runtime,
+        usable=hardware.usable,
+    )
+
+
+def largest_context(c: ModelConfig, weights: int, hardware: Hardware) -> int:
+    """The longest context (a multiple of 256, up to the model's own) that fits; 0 if none does."""
+    low, high = 0, c.max_position_embeddings // 256
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fit(c, weights, hardware, middle * 256).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low * 256

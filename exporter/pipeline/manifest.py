@@ -1,0 +1,119 @@
+"""What an artifact is made of: source, recipe, digests. Nothing in it depends on the time or the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import exporter
+from exporter.formats.base import Provenance
+from exporter.pipeline import leaves as parallel
+from exporter.pipeline.files import sha256_file, write_whole
+from exporter.pipeline.plan import ArtifactPlan
+from exporter.pipeline.progress import Progress
+from exporter.pipeline.source import OpenedModel
+from exporter.pipeline.store import Store
+
+
+def provenance(model: OpenedModel, artifact: ArtifactPlan, store: Store) -> Provenance:
+    """The facts that go into the artifact's own metadata."""
+    digests = {s.name: store.digest(s) for s in artifact.steps}
+    total = hashlib.sha256("".join(f"{n} {d}\n" for n, d in digests.items()).encode()).hexdigest()
+    return Provenance(
+        exporter_version=exporter.__version__,
+        source_repo=model.checkpoint.repo or "",
+        source_revision=model.checkpoint.revision or "",
+        recipe=artifact.recipe.name,
+        recipe_sha256=artifact.recipe.sha256,
+        digest=total,
+        tensor_digests=digests,
+    )
+
+
+def manifest(
+    model: OpenedModel,
+    artifact: ArtifactPlan,
+    store: Store,
+    facts: Provenance,
+    source_hashes: Mapping[str, str],
+    file_hashes: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """manifest.json as a value."""
+    checkpoint = model.checkpoint
+    return {
+        "exporter": facts.exporter_version,
+        "model": model.name,
+        "format": artifact.format.name,
+        "target": artifact.spec.target,
+        "recipe": {"name": facts.recipe, "title": artifact.recipe.title, "sha256": facts.recipe_sha256},
+        "source": {
+            "repo": facts.source_repo or None,
+            "revision": facts.source_revision or None,
+            "layout": checkpoint.layout,
+            "files": dict(sorted(source_hashes.items())),
+        },
+        "files": {n: {"bytes": sizes[n], "sha256": h} for n, h in sorted(file_hashes.items())},
+        "digest": facts.digest,
+        "tensors": {s.name: _tensor(artifact, store, facts, s.name) for s in artifact.steps},
+    }
+
+
+def _tensor(artifact: ArtifactPlan, store: Store, facts: Provenance, name: str) -> dict[str, Any]:
+    step = store.steps[name]
+    entry: dict[str, Any] = {
+        "digest": facts.tensor_digests[name],
+        "scheme": step.scheme.name,
+        "method": step.method,
+        "type": artifact.format.target(step).type,
+    }
+    if step.scheme.kind != "float":
+        entry["scale_rule"] = step.scheme.scale_rule
+    if step.method == "repack":
+        entry["exact_blocks"], entry["blocks"] = store.exact_share(step)
+    return entry
+
+
+def hash_files(paths: Sequence[Path], workers: int, progress: Progress) -> dict[Path, str]:
+    """SHA-256 of every file."""
+    progress.stage("hash", sum(p.stat().st_size for p in paths))
+    found: dict[Path, str] = {}
+    lock = threading.Lock()
+
+    def work(path: Path) -> None:
+        digest = sha256_file(path, progress.advance)
+        with lock:
+            found[path] = digest
+
+    parallel.each(sorted(paths, key=lambda p: -p.stat().st_size), work, workers)
+    progress.done()
+    return found
+
+
+class HashMemory:
+    """Hashes of source files that were read before, kept by size, time and inode."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.known: dict[str, list[Any]] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+    def get(self, path: Path) -> str | None:
+        entry = self.known.get(str(path.resolve()))
+        return str(entry[1]) if entry and entry[0] == self._stamp(path) else None
+
+    def add(self, hashes: Mapping[Path, str]) -> None:
+        for path, digest in hashes.items():
+            self.known[str(path.resolve())] = [self._stamp(path), digest]
+        write_whole(self.path, json.dumps(self.known, indent=1) + "\n")

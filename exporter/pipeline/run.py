@@ -1,0 +1,280 @@
+"""The main job: plan, quantize, export, validate. Each stage finds what an earlier run finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import exporter
+from exporter.checkpoint.headers import read_json
+from exporter.errors import BadCheckpoint, Refused
+from exporter.formats.base import ExportJob, Provenance
+from exporter.pipeline.export import export, finish
+from exporter.pipeline.lock import locked
+from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance
+from exporter.pipeline.plan import ArtifactPlan, Plan, make_plan, require_fit, workers_for
+from exporter.pipeline.profiles import load_profile, load_recipe
+from exporter.pipeline.progress import Progress
+from exporter.pipeline.quantize import quantize
+from exporter.pipeline.source import OpenedModel, open_model
+from exporter.pipeline.store import Store, store_key
+from exporter.types.sizes import format_size
+
+STAGES = ("plan", "quantize", "export", "validate")
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What `exporter quantize` was asked for. `max_memory` in bytes; `out` the root of all artifacts."""
+
+    model: str
+    profile: str
+    formats: tuple[str, ...] = ()
+    recipe: str | None = None
+    out: Path = Path("artifacts")
+    until: str = "validate"
+    max_memory: int = 4 * 10**9
+    device: str = "auto"
+    context: int | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class ArtifactResult:
+    """One row of the answer. `report` is empty until the artifact was validated."""
+
+    plan: ArtifactPlan
+    path: Path | None = None
+    nbytes: int = 0
+    repacked: tuple[int, int] = (0, 0)
+    report: dict[str, Any] = field(default_factory=dict)
+    status: str = "planned"
+
+
+@dataclass
+class RunResult:
+    plan: Plan
+    artifacts: list[ArtifactResult]
+    seconds: float = 0.0
+
+
+class Run:
+    """One run on one model. Stages share the opened checkpoint, the stores and the reference."""
+
+    def __init__(self, request: RunRequest, progress: Progress) -> None:
+        self.request, self.progress = request, progress
+        self.profile = load_profile(request.profile)
+        if request.recipe:
+            load_recipe(request.recipe)
+        self.model: OpenedModel = open_model(request.model, progress)
+        self.plan = make_plan(
+            self.model.name,
+            self.model.checkpoint.config,
+            self.model.scheme_of,
+            self.profile,
+            formats=request.formats,
+            recipe=request.recipe,
+            context=request.context,
+        )
+        self.profile = self.plan.profile
+        self.folder = request.out / self.model.name
+        self.tokenizer = self._tokenizer()
+        cpus = len(os.sched_getaffinity(0))
+        steps = [s for a in self.plan.artifacts for s in a.steps]
+        self.workers = workers_for(steps, request.max_memory, cpus)
+
+    def _tokenizer(self) -> Mapping[str, Any]:
+        """tokenizer.json, accepted by every format of the plan: found out before any work."""
+        path = self.model.checkpoint.tokenizer_file
+        if path is None:
+            raise BadCheckpoint(
+                f"{self.model.checkpoint.path} has no tokenizer.json", hint="copy tokenizer.json from the source model"
+            )
+        tokenizer = read_json(path)
+        for artifact in self.plan.artifacts:
+            if reason := artifact.format.refuse_tokenizer(tokenizer, self.plan.config):
+                raise BadCheckpoint(f"{path}: {reason}", hint="copy tokenizer.json from the source model")
+        return tokenizer
+
+    def run(self) -> RunResult:
+        """Do the stages up to `request.until`."""
+        started = time.monotonic()
+        results = [ArtifactResult(a) for a in self.plan.artifacts]
+        until = STAGES.index(self.request.until)
+        if until:
+            require_fit(self.plan)
+            self._check_disk()
+            with locked(self.folder):
+                for result in results:
+                    self._make(result, until)
+        return RunResult(self.plan, results, time.monotonic() - started)
+
+    def _make(self, result: ArtifactResult, until: int) -> None:
+        artifact = result.plan
+        store = self._open_store(artifact)
+        try:
+            quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
+            result.status = "quantized"
+            shares = [store.exact_share(s) for s in artifact.steps if s.method == "repack"]
+            result.repacked = (sum(e for e, _ in shares), sum(b for _, b in shares))
+            if until >= STAGES.index("export"):
+                facts = provenance(self.model, artifact, store)
+                result.path = self._export(artifact, store, facts)
+                result.nbytes = sum(f["bytes"] for f in self._manifest(result.path)["files"].values())
+                result.status = "exported"
+            if until >= STAGES.index("validate"):
+                self._validate(result, facts.tensor_digests)
+        finally:
+            store.release()
+
+    def _open_store(self, artifact: ArtifactPlan) -> Store:
+        key = store_key(self.model.fingerprint(), artifact.steps)
+        about = {
+            "model": self.model.name,
+            "repo": self.model.checkpoint.repo,
+            "revision": self.model.checkpoint.revision,
+            "recipe": artifact.recipe.name,
+            "key": key,
+        }
+        folder = self.folder / "store" / f"{artifact.recipe.name}-{key[:12]}"
+        return Store(folder, artifact.steps, self.model.checkpoint.read, about)
+
+    def _export(self, artifact: ArtifactPlan, store: Store, facts: Provenance) -> Path:
+        folder = self.folder / self.profile.name / artifact.spec.folder
+        if folder.exists() and self._same(folder, facts):
+            return folder
+        if folder.exists() and not self.request.overwrite:
+            raise Refused(
+                f"{folder} holds an artifact of other numbers (another checkpoint, recipe or version)",
+                hint="--overwrite replaces it, --out puts this one elsewhere",
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        job = self._job(artifact, facts)
+        partial = export(folder, artifact.format, job, store, self.workers, self.progress)
+        files = sorted(p for p in partial.iterdir() if p.suffix == artifact.format.extension)
+        source_hashes, hashes = self._hashes(files)
+        file_hashes = {p.name: hashes[p] for p in files}
+        sizes = {p.name: p.stat().st_size for p in files}
+        body = manifest(self.model, artifact, store, facts, source_hashes, file_hashes, sizes)
+        finish(partial, folder, body, file_hashes, self.request.overwrite)
+        return folder
+
+    def _job(self, artifact: ArtifactPlan, facts: Provenance) -> ExportJob:
+        checkpoint = self.model.checkpoint
+        return ExportJob(
+            model_name=self.model.name,
+            config=self.plan.config,
+            steps=artifact.steps,
+            provenance=facts,
+            tokenizer=self.tokenizer,
+            tokenizer_config=checkpoint.tokenizer_config or {},
+            generation_config=checkpoint.generation_config or {},
+            chat_template=checkpoint.chat_template,
+            split_size=artifact.spec.split_size,
+        )
+
+    def _hashes(self, made: Sequence[Path]) -> tuple[dict[str, str], dict[Path, str]]:
+        """SHA-256 of the source's files by name, and of the files just made; unchanged source files are remembered."""
+        memory = HashMemory(self.folder / "source-hashes.json")
+        sources = [*self.model.checkpoint.shards, *self._small_files()]
+        known = {p: h for p in sources if (h := self.model.hashes.get(p.name) or memory.get(p))}
+        new = hash_files([*(p for p in sources if p not in known), *made], self.workers, self.progress)
+        fresh = {p: new[p] for p in sources if p in new}
+        if fresh:
+            memory.add(fresh)
+        return {p.name: h for p, h in {**known, **fresh}.items()}, new
+
+    def _small_files(self) -> list[Path]:
+        names = (
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        )
+        found = [self.model.checkpoint.find(n) for n in names]
+        return [p for p in found if p is not None]
+
+    @staticmethod
+    def _manifest(folder: Path) -> dict[str, Any]:
+        try:
+            loaded: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+            return loaded
+        except (OSError, ValueError):
+            return {"files": {}}
+
+    def _same(self, folder: Path, facts: Provenance) -> bool:
+        """Whether the artifact in `folder` is the one this run would make."""
+        found = self._manifest(folder)
+        recipe = found.get("recipe", {})
+        source = found.get("source", {})
+        here = (found.get("exporter"), found.get("digest"), recipe.get("sha256"), source.get("revision"))
+        wanted = (exporter.__version__, facts.digest, facts.recipe_sha256, facts.source_revision or None)
+        sizes = all(
+            (folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in found["files"].items()
+        )
+        return here == wanted and sizes
+
+    def _validate(self, result: ArtifactResult, digests: Mapping[str, str]) -> None:
+        from exporter.pipeline.prove import prove
+
+        assert result.path is not None
+        result.report = prove(
+            result.path,
+            result.plan,
+            self.profile,
+            self._reference(),
+            digests,
+            self.workers,
+            _threads(),
+            self.progress,
+        )
+        result.status = result.report["status"]
+
+    def _reference(self) -> Any:
+        from exporter.pipeline.prove import Reference
+
+        if not hasattr(self, "_made_reference"):
+            self._made_reference = Reference(
+                self.model, self.profile, self.folder / "reference", _device(self.request.device), self.progress
+            )
+        return self._made_reference
+
+    def _check_disk(self) -> None:
+        """Refuse when the artifacts that are still to be made cannot fit on the disk."""
+        need = self.plan.store_bytes()
+        need += sum(
+            a.nbytes for a in self.plan.artifacts if not (self.folder / self.profile.name / a.spec.folder).exists()
+        )
+        need -= sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
+        existing = self.request.out
+        while not existing.exists():
+            existing = existing.parent if existing != existing.parent else Path()
+        free = shutil.disk_usage(existing).free
+        if need > free:
+            raise Refused(
+                f"{self.request.out} has {format_size(free)} free, this needs {format_size(need)} more",
+                hint="free some space, or choose another --out",
+            )
+
+
+def _threads() -> int:
+    """Threads for a runtime: the physical cores we may use, at most 8 (more spin at barriers)."""
+    import psutil
+
+    physical = psutil.cpu_count(logical=False) or 1
+    return max(1, min(physical, len(os.sched_getaffinity(0)), 8))
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    from exporter.model.layer import import_torch
+
+    return "cuda" if import_torch().cuda.is_available() else "cpu"

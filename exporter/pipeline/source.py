@@ -1,0 +1,110 @@
+"""From what the user typed to an opened checkpoint, or to a configuration alone where that is enough."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.checkpoint.hub import HubModel, LocalModel, fetch, list_files, parse_model
+from exporter.errors import BadCheckpoint
+from exporter.model import ModelConfig
+from exporter.model.released import released_config
+from exporter.pipeline.plan import released_scheme
+from exporter.pipeline.progress import Progress
+from exporter.types import Scheme, TensorSpec
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint ready to be read. `hashes`: SHA-256 by file name where they are known already."""
+
+    name: str
+    checkpoint: Checkpoint
+    hashes: dict[str, str]
+
+    def scheme_of(self, spec: TensorSpec) -> Scheme:
+        return self.checkpoint.scheme(spec.name)
+
+    def fingerprint(self) -> str:
+        """Changes when the weights or the configuration do.
+
+        Hashes where the Hub gave them; otherwise sizes and modification times, which cost nothing.
+        """
+        h = hashlib.sha256(json.dumps(self.checkpoint.config_raw, sort_keys=True).encode())
+        for path in self.checkpoint.shards:
+            known = self.hashes.get(path.name)
+            stat = path.stat()
+            h.update(f"{path.name} {known or f'{stat.st_size} {stat.st_mtime_ns}'}\n".encode())
+        return h.hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """Enough for a plan: no weight is there, or none was read."""
+
+    name: str
+    config: ModelConfig
+    scheme_of: Callable[[TensorSpec], Scheme]
+    source: str
+
+
+def model_name(model: LocalModel | HubModel) -> str:
+    """The folder and file name of a model's artifacts: the last part of its path or Hub id."""
+    name = model.repo.split("/")[-1] if isinstance(model, HubModel) else model.path.resolve().name
+    return name or "model"
+
+
+def open_model(text: str, progress: Progress) -> OpenedModel:
+    """Open a folder, or fetch and check a Hub model and open that."""
+    model = parse_model(text)
+    if isinstance(model, LocalModel):
+        return OpenedModel(model_name(model), open_checkpoint(model.path), {})
+    progress.stage(f"fetch {model}", list_files(model).missing)
+    seen: dict[str, int] = {}
+
+    def on_progress(name: str, done: int, total: int) -> None:
+        progress.advance(done - seen.get(name, 0), name)
+        seen[name] = done
+
+    snapshot = fetch(model, on_progress=on_progress)
+    progress.done()
+    checkpoint = open_checkpoint(snapshot.path, repo=snapshot.repo, revision=snapshot.revision)
+    hashes = {name: digest.sha256 for name, digest in snapshot.files.items()}
+    return OpenedModel(model_name(model), checkpoint, hashes)
+
+
+def outline_model(text: str) -> ModelOutline:
+    """What `plan` and `fit` need: headers of a folder, or the configuration of a Hub model.
+
+    The released models are known, so "openai/gpt-oss-20b", "gpt-oss-120b" or "20b" ask nobody.
+    """
+    config = released_config(text)
+    if config is not None and not Path(text).is_dir():
+        name = text.rsplit("-", 1)[-1]
+        return ModelOutline(f"gpt-oss-{name}", config, released_scheme, "the released configuration")
+    model = parse_model(text)
+    if isinstance(model, LocalModel):
+        with open_checkpoint(model.path) as checkpoint:
+            schemes = {s.name: checkpoint.scheme(s.name) for s in checkpoint.specs}
+            return ModelOutline(
+                model_name(model), checkpoint.config, lambda s: schemes[s.name], f"{checkpoint.layout} folder"
+            )
+    return _outline_hub(model)
+
+
+def _outline_hub(model: HubModel) -> ModelOutline:
+    from exporter.checkpoint.hub import fetch_metadata
+
+    snapshot = fetch_metadata(model)
+    path = snapshot.path / "config.json"
+    if not path.is_file():
+        raise BadCheckpoint(f"{model} has no config.json", hint="give a gpt-oss checkpoint")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    config = ModelConfig.from_hf(raw, f"{model} config.json")
+    quantized = isinstance(raw.get("quantization_config"), dict)
+    scheme_of = released_scheme if quantized else (lambda _: Scheme.parse("bf16"))
+    return ModelOutline(model_name(model), config, scheme_of, f"config.json at {snapshot.revision[:8]}")

@@ -1,0 +1,175 @@
+"""The store: what each tensor was quantized to, kept once and read by every format.
+
+A folder with `store.json` (what it holds), `journal.jsonl` (one line a finished leaf, with its digest)
+and `data.bin` (codes, scales, zeros of every tensor that the checkpoint does not hold as they are, each
+leaf at an offset known from the plan). Released codes and floats that are kept are not copied: their
+lines only carry the digest.
+
+A killed run leaves a store that was not closed. Opening it reads every leaf of `data.bin` that the
+journal names and drops those whose digest does not match, so nothing depends on the order in which the
+kernel wrote pages out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporter.errors import ExporterError
+from exporter.pipeline.files import write_all, write_at, write_whole
+from exporter.types import QTensor, leaves, tensor_digest
+from exporter.types.recipe import Step
+
+_SYNC_SECONDS = 5.0
+Source = Callable[[str, int, int], QTensor]
+
+
+class Store:
+    """Finished leaves of the steps of one plan. `append` may be called from several threads."""
+
+    def __init__(self, folder: Path, steps: Sequence[Step], source: Source, about: Mapping[str, Any]) -> None:
+        """Create the store of these steps, or take up an earlier run's. `about` is written for readers."""
+        self.folder, self.steps, self._source = folder, {s.name: s for s in steps}, source
+        self._digests: dict[tuple[str, int], str] = {}
+        self._facts: dict[tuple[str, int], tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        self._synced = time.monotonic()
+        self.closed = False
+        self._offsets, size = _offsets(steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "store.json").exists():
+            write_whole(folder / "store.json", json.dumps(about, indent=1) + "\n")
+        self._data = os.open(folder / "data.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self._data, size)
+        self._journal = os.open(folder / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._load()
+
+    def _load(self) -> None:
+        raw = (self.folder / "journal.jsonl").read_bytes()
+        end = raw.rfind(b"\n") + 1  # a torn last line was never a commit
+        os.ftruncate(self._journal, end)
+        for line in raw[:end].splitlines():
+            record = json.loads(line)
+            if record.get("closed"):
+                self.closed = True
+                continue
+            name, i = record["tensor"], record["leaf"]
+            if name in self.steps:
+                self._digests[name, i] = record["digest"]
+                self._facts[name, i] = (record.get("exact", 0), record.get("blocks", 0))
+        if not self.closed:
+            self._drop_torn()
+
+    def _drop_torn(self) -> None:
+        for (name, i), digest in list(self._digests.items()):
+            step = self.steps[name]
+            if not step.by_reference and self._read_data(step, i).leaf_digest().hex() != digest:
+                del self._digests[name, i]
+
+    def has(self, step: Step, leaf: int) -> bool:
+        return (step.name, leaf) in self._digests
+
+    def append(self, step: Step, leaf: int, q: QTensor, exact: tuple[int, int] | None = None) -> None:
+        """Commit one leaf. `exact`: (blocks moved without loss, blocks) of a repacked one."""
+        digest = q.leaf_digest().hex()
+        if not step.by_reference:
+            parts = [np.ascontiguousarray(p).view(np.uint8).reshape(-1) for p in _parts(q)]
+            write_at(self._data, parts, self._offset(step, leaf))
+        record: dict[str, Any] = {"tensor": step.name, "leaf": leaf, "digest": digest}
+        if exact is not None:
+            record |= {"exact": exact[0], "blocks": exact[1]}
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock:
+            write_all(self._journal, line)
+            self._digests[step.name, leaf] = digest
+            self._facts[step.name, leaf] = exact or (0, 0)
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._data)
+        os.fsync(self._journal)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Every leaf is in: make it durable and say so, so that the next run need not check."""
+        if not self.closed:
+            self._sync()
+            write_all(self._journal, b'{"closed": true}\n')
+            os.fsync(self._journal)
+            self.closed = True
+
+    def release(self) -> None:
+        """Give the files back, finished or not."""
+        for descriptor in (self._data, self._journal):
+            os.close(descriptor)
+
+    def read(self, step: Step, leaf: int) -> QTensor:
+        """A finished leaf, from the checkpoint or from `data.bin`."""
+        if step.by_reference:
+            return self._source(step.name, *leaves(step.spec.shape)[leaf])
+        return self._read_data(step, leaf)
+
+    def leaf_digests(self, step: Step) -> list[bytes]:
+        return [bytes.fromhex(self._digests[step.name, i]) for i in range(len(leaves(step.spec.shape)))]
+
+    def digest(self, step: Step) -> str:
+        """The tensor's digest; see `types.tensor_digest`."""
+        return tensor_digest(step.scheme, step.spec.shape, self.leaf_digests(step))
+
+    def exact_share(self, step: Step) -> tuple[int, int]:
+        """(blocks moved without loss, blocks) of a repacked tensor."""
+        facts = [self._facts[step.name, i] for i in range(len(leaves(step.spec.shape)))]
+        return sum(f[0] for f in facts), sum(f[1] for f in facts)
+
+    def _offset(self, step: Step, leaf: int) -> int:
+        start = leaves(step.spec.shape)[leaf][0]
+        rows = start * int(np.prod(step.spec.shape[1:-1], dtype=np.int64)) if len(step.spec.shape) > 1 else 0
+        return self._offsets[step.name] + rows * step.scheme.row_bytes(step.spec.shape[-1])
+
+    def _read_data(self, step: Step, leaf: int) -> QTensor:
+        scheme, k = step.scheme, step.spec.shape[-1]
+        start, stop = leaves(step.spec.shape)[leaf]
+        lead = (stop - start, *step.spec.shape[1:-1]) if len(step.spec.shape) > 1 else ()
+        rows = int(np.prod(lead, dtype=np.int64))
+        raw = os.pread(self._data, rows * scheme.row_bytes(k), self._offset(step, leaf))
+        if len(raw) != rows * scheme.row_bytes(k):
+            raise ExporterError(f"{self.folder / 'data.bin'} is cut short", hint=f"delete {self.folder} and run again")
+        buffer = np.frombuffer(raw, np.uint8)
+        n_data, n_scales = rows * scheme.data_bytes(k), rows * scheme.scale_bytes(k)
+        data = buffer[:n_data].reshape(*lead, -1)
+        if scheme.kind == "float":
+            return QTensor(step.name, scheme, data)
+        scales = buffer[n_data : n_data + n_scales]
+        typed = scales if scheme.scale == "e8m0" else scales.view(np.float16)
+        zeros = None if scheme.symmetric else buffer[n_data + n_scales :].reshape(*lead, -1)
+        return QTensor(step.name, scheme, data, typed.reshape(*lead, -1), zeros)
+
+
+def store_key(fingerprint: str, steps: Sequence[Step]) -> str:
+    """Names the numbers: the checkpoint's fingerprint and what is done to each tensor."""
+    h = hashlib.sha256(f"store-1 {fingerprint}\n".encode())
+    for s in steps:
+        h.update(f"{s.name} {s.method} {s.source.name} {s.scheme.name} {s.scheme.scale_rule}\n".encode())
+    return h.hexdigest()
+
+
+def _offsets(steps: Sequence[Step]) -> tuple[dict[str, int], int]:
+    at, offsets = 0, {}
+    for step in steps:
+        if not step.by_reference:
+            offsets[step.name] = at
+            at += -(-step.stored_bytes // 64) * 64
+    return offsets, at
+
+
+def _parts(q: QTensor) -> list[np.ndarray[Any, Any]]:
+    return [part for part in (q.data, q.scales, q.zeros) if part is not None]

@@ -1,0 +1,125 @@
+"""A profile says for which hardware: memory, context, which artifacts, which gates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from exporter.errors import UsageError, did_you_mean
+from exporter.types import toml
+from exporter.types.gates import GATES
+from exporter.types.sizes import parse_size
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """`memory` and `reserve` in bytes: what the device shows, and what others on it take. `context` in tokens.
+
+    `ubatch` is the number of prompt tokens that the runtime computes at once; `runtime` the bytes that
+    the runtime itself takes (device context, kernels).
+    """
+
+    device: Literal["gpu", "cpu"]
+    memory: int
+    reserve: int
+    context: int
+    ubatch: int
+    runtime: int
+
+    @property
+    def usable(self) -> int:
+        return self.memory - self.reserve
+
+
+@dataclass(frozen=True)
+class ArtifactSpec:
+    """One file or folder to make. `split_size`: bytes above which a file is split; 0 never."""
+
+    format: str
+    recipe: str
+    target: str = ""
+    split_size: int = 0
+
+    @property
+    def folder(self) -> str:
+        return "-".join(part for part in (self.format, self.recipe, self.target) if part)
+
+
+@dataclass(frozen=True)
+class ValidateSpec:
+    """How much text decides: `windows` x `length` tokens of held-out text."""
+
+    windows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`gates`: limit by gate name, see `types.gates`. `sha256` is of the file's text."""
+
+    name: str
+    title: str
+    model: str
+    hardware: Hardware
+    artifacts: tuple[ArtifactSpec, ...]
+    validate: ValidateSpec
+    gates: Mapping[str, float | bool]
+    sha256: str
+
+    @staticmethod
+    def from_toml(text: str, name: str, where: str) -> Profile:
+        known = ("title", "model", "hardware", "artifact", "validate", "gates")
+        table = toml.Table(toml.parse(text, where), where, known)
+        artifacts = table.get("artifact", list)
+        validate = toml.Table(table.get("validate", dict), f"{where} [validate]", ("windows", "length"))
+        return Profile(
+            name=name,
+            title=table.get("title", str),
+            model=table.get("model", str),
+            hardware=_hardware(table.get("hardware", dict), f"{where} [hardware]"),
+            artifacts=tuple(_artifact(a, f"{where} artifact {i}") for i, a in enumerate(artifacts, 1)),
+            validate=ValidateSpec(_positive(validate, "windows"), _positive(validate, "length")),
+            gates=_gates(table.get("gates", dict), f"{where} [gates]"),
+            sha256=hashlib.sha256(text.encode()).hexdigest(),
+        )
+
+
+def _positive(table: toml.Table, key: str) -> int:
+    value: int = table.get(key, int)
+    if value < 1:
+        raise UsageError(f'{table.where}: "{key}" must be at least 1, not {value}', hint="see docs/profiles.md")
+    return value
+
+
+def _hardware(raw: object, where: str) -> Hardware:
+    t = toml.Table(raw, where, ("device", "memory", "reserve", "context", "ubatch", "runtime"))
+    device = t.get("device", str)
+    if device not in ("gpu", "cpu"):
+        raise UsageError(f'{where}: unknown device "{device}"', hint="devices: gpu, cpu")
+    return Hardware(
+        device=device,
+        memory=parse_size(t.get("memory", str)),
+        reserve=parse_size(t.get("reserve", str)),
+        context=_positive(t, "context"),
+        ubatch=_positive(t, "ubatch"),
+        runtime=parse_size(t.get("runtime", str)),
+    )
+
+
+def _artifact(raw: object, where: str) -> ArtifactSpec:
+    t = toml.Table(raw, where, ("format", "recipe", "target", "split_size"))
+    split = t.get("split_size", str, "0")
+    return ArtifactSpec(t.get("format", str), t.get("recipe", str), t.get("target", str, ""), parse_size(split))
+
+
+def _gates(raw: object, where: str) -> dict[str, float | bool]:
+    t = toml.Table(raw, where, GATES)
+    limits: dict[str, float | bool] = {}
+    for key in t.raw:
+        kind = bool if GATES[key].sense == "equal" else (int, float)
+        limits[key] = t.get(key, kind)
+    if not limits:
+        raise UsageError(f"{where}: no gates{did_you_mean('', ())}", hint=f"gates: {', '.join(GATES)}")
+    return limits
