@@ -108,6 +108,7 @@ def run_all(args: argparse.Namespace) -> dict[str, list[dict[str, object]]]:
     turns = ["cp", "cp_sync", "exporter"]
     order = [name for turn in range(args.repeat) for name in (turns if turn % 2 == 0 else turns[::-1])]
     runs: dict[str, list[dict[str, object]]] = {name: [] for name in todo}
+    measure(todo["cp"], source, out, work / "first.log")  # the first run meets a cold disk; not counted
     for name in [*order, *(["llama_cpp"] * args.peer_repeat if args.peer else [])]:
         result = measure(todo[name], source, out, work / f"{name}.log")
         runs[name].append(result)

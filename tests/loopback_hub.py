@@ -206,6 +206,7 @@ class LoopbackHub(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer of headers and body waits 40 ms
     server: LoopbackHub
     fault: Fault | None = None
 

@@ -50,27 +50,27 @@ def diagnose(path: Path, deep: bool = True, on_progress: Callable[[int, int], No
         checkpoint = open_checkpoint(path)
     except ExporterError as e:
         findings.add("error", e.message, str(path), e.hint or "")
-        tokenizer = _small_files(path, findings)
-        return Diagnosis(path, findings.sorted(), None, False, tokenizer)
-    tokenizer = examine_texts(
-        checkpoint.config,
-        checkpoint.tokenizer_file,
-        checkpoint.generation_config,
-        checkpoint.tokenizer_config,
-        checkpoint.chat_template,
-        findings,
-        path,
-    )
-    _check_config(checkpoint, findings)
-    _check_files(checkpoint, findings)
-    read = deep
-    if deep:
-        try:
+        facts = _small_files(path, findings)
+        return Diagnosis(path, findings.sorted(), None, False, facts)
+    tokenizer: dict[str, Any] = {}
+    read = False
+    try:
+        tokenizer = _examine_small(checkpoint, findings)
+        if deep:
             examine(checkpoint, findings, on_progress)
-        except ExporterError as e:
-            read = False
-            findings.add("error", e.message, str(path), e.hint or "")
+            read = True
+    except ExporterError as e:
+        findings.add("error", e.message, str(path), e.hint or "")
+    except OSError as e:
+        findings.add("error", f"cannot be read ({e.strerror})", str(path), "check its permissions")
     return Diagnosis(path, findings.sorted(), checkpoint, read, tokenizer)
+
+
+def _examine_small(c: Checkpoint, findings: Findings) -> dict[str, Any]:
+    _check_config(c, findings)
+    _check_files(c, findings)
+    texts = c.generation_config, c.tokenizer_config, c.chat_template
+    return examine_texts(c.config, c.tokenizer_file, *texts, findings, c.path)
 
 
 def _small_files(path: Path, findings: Findings) -> dict[str, Any]:

@@ -42,10 +42,11 @@ class Header:
     file_bytes: int
 
 
-def shown(name: object, limit: int = 96) -> str:
-    """A name from a file, safe to print: one line, no control characters, of bounded length."""
-    text = str(name).encode("unicode_escape", "backslashreplace").decode("ascii")
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def shown(text: object, limit: int = 96) -> str:
+    """Text from a file, safe to print: one line, no control characters, of bounded length."""
+    kept = str(text)[: limit + 1]
+    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
+    return kept if len(kept) <= limit else kept[: limit - 3] + "..."
 
 
 def shown_list(names: Iterable[object], first: int = 3) -> str:

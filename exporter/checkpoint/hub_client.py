@@ -348,6 +348,11 @@ def _explain(error: BaseException, what: str, repo: str, endpoint: str, cache: P
         )
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return ExporterError(f"the connection to {endpoint} broke while reading {what}", hint=again)
+    if isinstance(error, RuntimeError):  # hf_xet reports whatever its Rust side met as this
+        return ExporterError(
+            f"the Xet transfer of {what} failed: {str(error)[:200]}",
+            hint="HF_HUB_DISABLE_XET=1 downloads the same files without Xet",
+        )
     return _explain_os(error, what, cache, again) if isinstance(error, OSError) else None
 
 

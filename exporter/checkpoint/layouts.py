@@ -9,8 +9,9 @@
 
 In all four gate and up interleave: even index gate, odd index up (transformers `modeling_gpt_oss.py`,
 openai/gpt-oss `torch/weights.py`, llama.cpp `conversion/gpt_oss.py`). A name only says where to look:
-what a tensor is follows from its dtype and shape, so floats saved under `*_blocks` names are read as
-the floats they are. Every layer is recognised by itself: some layers may be MXFP4 and others bf16.
+what a tensor is follows from its dtype and shape. Floats under `*_blocks` names are read as floats;
+transformers 5 writes them when it saves a dequantized model. Every layer is recognised by itself:
+some may be MXFP4 and others bf16.
 """
 
 from __future__ import annotations

@@ -158,7 +158,10 @@ def read_config(folder: Folder) -> tuple[Path, dict[str, Any], ModelConfig]:
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """A configuration in any of its spellings. Raises BadCheckpoint."""
     original = "model_type" not in raw and "architectures" not in raw and "num_experts" in raw
-    return ModelConfig.from_original(raw, where) if original else ModelConfig.from_hf(raw, where)
+    try:
+        return ModelConfig.from_original(raw, where) if original else ModelConfig.from_hf(raw, where)
+    except BadCheckpoint as e:  # a complaint may quote a value of any length
+        raise BadCheckpoint(shown(e.message, 400), e.hint) from None
 
 
 def read_template(file: Path | None, tokenizer_config: dict[str, Any] | None) -> str | None:

@@ -71,6 +71,10 @@ def progress(quiet: bool = False) -> Progress:
     return _Bars() if sys.stderr.isatty() and not quiet else Progress()
 
 
+def _amount(n: float, unit: str) -> str:
+    return format_size(n) if unit == "B" else f"{format_size(n).removesuffix('B').rstrip()} {unit}"
+
+
 class _Bars(Progress):
     """One line a stage: what, how far, how fast, how long still, peak memory."""
 
@@ -88,8 +92,9 @@ class _Bars(Progress):
             def render(self, task: Any) -> Text:
                 if not task.total:
                     return Text(f"{task.elapsed or 0:.0f} s")
-                speed = f"  {format_size(task.speed)}/s" if task.speed else ""
-                return Text(f"{format_size(task.completed)} of {format_size(task.total)}{speed}")
+                unit = task.fields["unit"]
+                speed = f"  {_amount(task.speed, unit)}/s" if task.speed else ""
+                return Text(f"{_amount(task.completed, unit)} of {_amount(task.total, unit)}{speed}")
 
         self._columns = (
             SpinnerColumn(),
@@ -107,18 +112,18 @@ class _Bars(Progress):
         self._lock = threading.Lock()
         self._started = 0.0
 
-    def stage(self, name: str, total_bytes: int) -> None:
+    def stage(self, name: str, total: int, unit: str = "B") -> None:
         with self._lock:
             self._stop()
             self._name, self._started = name, time.monotonic()
             self._rich = self._rich_class(*self._columns, console=self._console, transient=True)
-            self._task = self._rich.add_task(name, total=total_bytes or None, label="")
+            self._task = self._rich.add_task(name, total=total or None, label="", unit=unit)
             self._rich.start()
 
-    def advance(self, nbytes: int, label: str = "") -> None:
+    def advance(self, amount: int, label: str = "") -> None:
         with self._lock:
             if self._rich:
-                self._rich.update(self._task, advance=nbytes, label=label.removeprefix("model."))
+                self._rich.update(self._task, advance=amount, label=label.removeprefix("model."))
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr)

@@ -138,7 +138,7 @@ def reference_logits(
         run_layers(config, read, x, ropes, device, progress=progress.add)
         norm = as_tensor(read("model.norm.weight", 0, config.hidden_size), device)
         rows = rms_norm(x, norm, config.rms_norm_eps).view(-1, config.hidden_size)  # [R * W * T, H]
-        head = _Head(config, rows, np.tile(_targets(tokens), len(ropes)), top_k)
+        head = _Head(config, rows, np.tile(following(tokens), len(ropes)), top_k)
         for start, stop in leaves((config.vocab_size, config.hidden_size)):
             head.add(as_tensor(read("lm_head.weight", start, stop), device), start)
             progress.add((stop - start) * config.hidden_size)
@@ -188,7 +188,7 @@ def run_layers(
             )
 
 
-def _targets(tokens: I64) -> I64:
+def following(tokens: I64) -> I64:
     """The token that follows each position, -1 at the end of a window; int64 [W * T]."""
     out = np.full_like(tokens, -1)
     out[:, :-1] = tokens[:, 1:]

@@ -22,6 +22,7 @@ BLOCK = 32
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 LEVELS = np.concatenate([MAGNITUDES, -MAGNITUDES])  # code 8 is -0.0
 _CHUNK = 2048  # blocks at a time: the intermediate arrays stay in the L2 cache
+_POWERS = np.array([*(2.0 ** (s - 127) for s in range(255)), np.nan], np.float32)
 SCALE_NAN = 255  # e8m0 has no infinity; 255 is NaN and never valid in a weight
 
 
@@ -34,15 +35,15 @@ class Blocks(NamedTuple):
 
 def scale_value(scales: U8) -> F32:
     """2^(s - 127), float32. s = 0 gives the subnormal 2^-127, exactly; 255 gives NaN."""
-    out = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-    return np.where(scales == SCALE_NAN, np.float32(np.nan), out).astype(np.float32)
+    return _POWERS[scales]
 
 
 def dequantize(data: U8, scales: U8) -> F32:
-    """uint8 [..., K/2], uint8 [..., K/32] -> float32 [..., K]."""
+    """uint8 [..., K/2], uint8 [..., K/32] -> float32 [..., K]. Only scales of 253 and 254 can overflow, to infinity."""
     levels = LEVELS[unpack_nibbles(data)]
     blocks = levels.reshape(*scales.shape, BLOCK)  # [..., K/32, 32]
-    blocks *= scale_value(scales)[..., None]
+    with np.errstate(over="ignore"):
+        blocks *= scale_value(scales)[..., None]
     return levels
 
 

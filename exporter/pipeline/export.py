@@ -21,7 +21,7 @@ import numpy as np
 from exporter.errors import ExporterError
 from exporter.formats.base import ExportJob, FileLayout, Format
 from exporter.pipeline import leaves as parallel
-from exporter.pipeline.files import sha256_file, sync_folder, write_all, write_at, write_whole
+from exporter.pipeline.files import flushing, reserve, sync_folder, write_all, write_at, write_whole
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.store import Store
 from exporter.types import leaves
@@ -67,7 +67,7 @@ class _Partial:
     def _open(self, layout: FileLayout) -> int:
         descriptor = os.open(self.folder / layout.filename, os.O_RDWR | os.O_CREAT, 0o644)
         if not self.resumed:
-            os.ftruncate(descriptor, layout.size)
+            reserve(descriptor, layout.size)
             write_at(descriptor, [np.frombuffer(layout.head, np.uint8)], 0)
         return descriptor
 
@@ -81,11 +81,6 @@ class _Partial:
         line = json.dumps({"tensor": name, "leaf": leaf}).encode() + b"\n"
         with self._lock:
             write_all(self._journal, line)
-
-    def finish(self) -> None:
-        """Everything is written: make it durable and drop the journal."""
-        for descriptor in self.descriptors:
-            os.fsync(descriptor)
 
     def release(self) -> None:
         for descriptor in (*self.descriptors, self._journal):
@@ -112,8 +107,8 @@ def export(
             n = _export_leaf(fmt, step, leaf, places[step.name], store, partial)
             progress.advance(n, step.name)
 
-        parallel.each(_tasks(job.steps), work, workers)
-        partial.finish()
+        with flushing(partial.descriptors):
+            parallel.each(_tasks(job.steps), work, workers)
         progress.done()
     finally:
         partial.release()
@@ -160,18 +155,14 @@ def _intact(fmt: Format, step: Step, raw: np.ndarray[Any, Any], digest: bytes) -
         return False
 
 
-def finish(
-    partial: Path, folder: Path, manifest: Mapping[str, Any], known_hashes: Mapping[str, str], overwrite: bool
-) -> None:
-    """Write manifest.json and SHA256SUMS, then give the folder its final name.
-
-    `known_hashes`: SHA-256 of the files of the artifact by name.
-    """
-    (partial / JOURNAL).unlink(missing_ok=True)
+def publish(partial: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json and give the folder its final name, in place of an older artifact if there is one."""
     write_whole(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    sums = {**known_hashes, "manifest.json": sha256_file(partial / "manifest.json")}
-    write_whole(partial / "SHA256SUMS", "".join(f"{h}  {name}\n" for name, h in sorted(sums.items())))
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    (partial / JOURNAL).unlink(missing_ok=True)
     os.replace(partial, folder)
     sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

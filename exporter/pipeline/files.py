@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _HASH_CHUNK = 1 << 20
+_FLUSH_SECONDS = 0.5
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -58,3 +61,44 @@ def write_all(descriptor: int, raw: bytes) -> None:
     """Append all of `raw`; os.write may stop short."""
     while raw:
         raw = raw[os.write(descriptor, raw) :]
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a file its final size, and its disk space where the system can: a full disk shows now, not later."""
+    if os.fstat(descriptor).st_size == size:
+        return
+    os.ftruncate(descriptor, size)
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+
+
+@contextlib.contextmanager
+def flushing(descriptors: Sequence[int]) -> Iterator[None]:
+    """Keep the disk busy while the block writes, and leave with everything on it.
+
+    The kernel would start writing back only after gigabytes; one sync at the end would then wait for all
+    of it. An error while syncing is raised at the end of the block.
+    """
+    stop = threading.Event()
+    errors: list[OSError] = []
+
+    def flush() -> None:
+        while not stop.wait(_FLUSH_SECONDS):
+            try:
+                for descriptor in descriptors:
+                    os.fsync(descriptor)
+            except OSError as e:
+                errors.append(e)
+                return
+
+    thread = threading.Thread(target=flush, name="flush", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+    for descriptor in descriptors:
+        os.fsync(descriptor)

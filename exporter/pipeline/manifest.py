@@ -34,17 +34,8 @@ def provenance(model: OpenedModel, artifact: ArtifactPlan, store: Store) -> Prov
     )
 
 
-def manifest(
-    model: OpenedModel,
-    artifact: ArtifactPlan,
-    store: Store,
-    facts: Provenance,
-    source_hashes: Mapping[str, str],
-    file_hashes: Mapping[str, str],
-    sizes: Mapping[str, int],
-) -> dict[str, Any]:
-    """manifest.json as a value."""
-    checkpoint = model.checkpoint
+def manifest(model: OpenedModel, artifact: ArtifactPlan, store: Store, facts: Provenance) -> dict[str, Any]:
+    """manifest.json as a value, before its files were hashed: see `seal`."""
     return {
         "exporter": facts.exporter_version,
         "model": model.name,
@@ -54,13 +45,26 @@ def manifest(
         "source": {
             "repo": facts.source_repo or None,
             "revision": facts.source_revision or None,
-            "layout": checkpoint.layout,
-            "files": dict(sorted(source_hashes.items())),
+            "layout": model.checkpoint.layout,
+            "files": {},
         },
-        "files": {n: {"bytes": sizes[n], "sha256": h} for n, h in sorted(file_hashes.items())},
+        "files": {},
         "digest": facts.digest,
         "tensors": {s.name: _tensor(artifact, store, facts, s.name) for s in artifact.steps},
     }
+
+
+def seal(folder: Path, source_hashes: Mapping[str, str], file_hashes: Mapping[str, str]) -> None:
+    """Complete manifest.json with the hashes of every source file and every file of the artifact; write SHA256SUMS."""
+    body = json.loads((folder / "manifest.json").read_text())
+    body["source"]["files"] = dict(sorted(source_hashes.items()))
+    body["files"] = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in sorted(file_hashes.items())
+    }
+    write_whole(folder / "manifest.json", json.dumps(body, indent=1) + "\n")
+    sums = {**file_hashes, "manifest.json": sha256_file(folder / "manifest.json")}
+    write_whole(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
 def _tensor(artifact: ArtifactPlan, store: Store, facts: Provenance, name: str) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from __future__ import annotations
 class Progress:
     """A silent listener. Stages follow one another; `advance` may be called from any thread."""
 
-    def stage(self, name: str, total_bytes: int) -> None:
-        """A stage begins; `total_bytes` of work lie ahead."""
+    def stage(self, name: str, total: int, unit: str = "B") -> None:
+        """A stage begins; `total` of work lies ahead (0: unknown), in bytes or in another unit."""
 
-    def advance(self, nbytes: int, label: str = "") -> None:
-        """`nbytes` more are done, `label` says on what."""
+    def advance(self, amount: int, label: str = "") -> None:
+        """`amount` more is done, `label` says on what."""
 
     def note(self, text: str) -> None:
         """Something worth a line."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from exporter.errors import ExporterError
 from exporter.formats.base import Format, Located
+from exporter.model import parameter_count
 from exporter.model.reference import ReferenceLogits, reference_logits
 from exporter.numerics import decode
 from exporter.numerics.floats import F32
@@ -76,7 +77,9 @@ def _read_leaf(descriptors: Mapping[Path, int], place: Located, step: Step, leaf
     stride = place.nbytes // step.spec.shape[0]
     raw = os.pread(descriptors[place.path], (stop - start) * stride, place.offset + start * stride)
     if len(raw) != (stop - start) * stride:
-        raise ExporterError(f"{place.path.name}: ends inside {step.name}", hint="run the same command again")
+        raise ExporterError(
+            f"{place.path.name}: ends inside {step.name}", hint="exporter quantize ... --overwrite makes it again"
+        )
     return np.frombuffer(raw, np.uint8)
 
 
@@ -103,14 +106,12 @@ class Reference:
         except (OSError, ExporterError):
             pass
         config = self._model.checkpoint.config
-        self._progress.stage("reference", 0)
+        self._progress.stage("reference", parameter_count(config), "parameters")
         done = 0
 
-        def on_progress(now: int, total: int) -> None:
+        def on_progress(now: int, _total: int) -> None:
             nonlocal done
-            if not done:
-                self._progress.stage("reference", total)
-            self._progress.advance(now - done, "parameters")
+            self._progress.advance(now - done)
             done = now
 
         made = reference_logits(
@@ -163,15 +164,24 @@ def prove(
         },
         "profile": {"name": profile.name, "sha256": profile.sha256},
     }
-    progress.stage(f"run {artifact.label} in llama.cpp", 0)
+    seen: dict[str, int] = {}
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        if what not in seen:
+            progress.done()
+            progress.stage(f"llama.cpp: {what}", total, "steps")
+        progress.advance(done - seen.get(what, 0))
+        seen[what] = done
+
     report |= prove_gguf(
         sorted(folder.glob("*.gguf"))[0],
         tokens=reference.windows.tokens,
-        sample=reference.sample,
+        text=reference.sample,
         tokenizer_file=reference.tokenizer_file,
         release=reference.release,
         runtime=reference.runtime,
         threads=threads,
+        on_progress=on_progress,
     )
     progress.done()
     verdicts = gates.evaluate(report, profile.gates)

@@ -25,8 +25,8 @@ def quantize(store: Store, steps: Sequence[Step], source: Source, workers: int, 
             _commit(store, step, leaf, source)
         progress.advance(share, step.name)
 
-    parallel.each(_tasks(steps), work, workers)
-    store.close()
+    with store.writing():
+        parallel.each(_tasks(steps), work, workers)
     progress.done()
 
 

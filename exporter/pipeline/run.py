@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import exporter
 from exporter.checkpoint.headers import read_json
 from exporter.errors import BadCheckpoint, Refused
 from exporter.formats.base import ExportJob, Provenance
-from exporter.pipeline.export import export, finish
+from exporter.pipeline.export import export, publish
 from exporter.pipeline.lock import locked
-from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance
+from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance, seal
 from exporter.pipeline.plan import ArtifactPlan, Plan, make_plan, require_fit, workers_for
 from exporter.pipeline.profiles import load_profile, load_recipe
 from exporter.pipeline.progress import Progress
@@ -126,7 +126,7 @@ class Run:
             if until >= STAGES.index("export"):
                 facts = provenance(self.model, artifact, store)
                 result.path = self._export(artifact, store, facts)
-                result.nbytes = sum(f["bytes"] for f in self._manifest(result.path)["files"].values())
+                result.nbytes = sum(p.stat().st_size for p in _model_files(result.path, artifact))
                 result.status = "exported"
             if until >= STAGES.index("validate"):
                 self._validate(result, facts.tensor_digests)
@@ -147,9 +147,9 @@ class Run:
 
     def _export(self, artifact: ArtifactPlan, store: Store, facts: Provenance) -> Path:
         folder = self.folder / self.profile.name / artifact.spec.folder
-        if folder.exists() and self._same(folder, facts):
-            return folder
         if folder.exists() and not self.request.overwrite:
+            if self._same(folder, facts):
+                return folder
             raise Refused(
                 f"{folder} holds an artifact of other numbers (another checkpoint, recipe or version)",
                 hint="--overwrite replaces it, --out puts this one elsewhere",
@@ -157,12 +157,7 @@ class Run:
         folder.parent.mkdir(parents=True, exist_ok=True)
         job = self._job(artifact, facts)
         partial = export(folder, artifact.format, job, store, self.workers, self.progress)
-        files = sorted(p for p in partial.iterdir() if p.suffix == artifact.format.extension)
-        source_hashes, hashes = self._hashes(files)
-        file_hashes = {p.name: hashes[p] for p in files}
-        sizes = {p.name: p.stat().st_size for p in files}
-        body = manifest(self.model, artifact, store, facts, source_hashes, file_hashes, sizes)
-        finish(partial, folder, body, file_hashes, self.request.overwrite)
+        publish(partial, folder, manifest(self.model, artifact, store, facts))
         return folder
 
     def _job(self, artifact: ArtifactPlan, facts: Provenance) -> ExportJob:
@@ -179,8 +174,11 @@ class Run:
             split_size=artifact.spec.split_size,
         )
 
-    def _hashes(self, made: Sequence[Path]) -> tuple[dict[str, str], dict[Path, str]]:
-        """SHA-256 of the source's files by name, and of the files just made; unchanged source files are remembered."""
+    def _seal(self, folder: Path, artifact: ArtifactPlan) -> None:
+        """Hash the source's files and the artifact's; source files that did not change are remembered."""
+        if (folder / "SHA256SUMS").exists():
+            return
+        made = _model_files(folder, artifact)
         memory = HashMemory(self.folder / "source-hashes.json")
         sources = [*self.model.checkpoint.shards, *self._small_files()]
         known = {p: h for p in sources if (h := self.model.hashes.get(p.name) or memory.get(p))}
@@ -188,7 +186,7 @@ class Run:
         fresh = {p: new[p] for p in sources if p in new}
         if fresh:
             memory.add(fresh)
-        return {p.name: h for p, h in {**known, **fresh}.items()}, new
+        seal(folder, {p.name: h for p, h in {**known, **fresh}.items()}, {p.name: new[p] for p in made})
 
     def _small_files(self) -> list[Path]:
         names = (
@@ -207,7 +205,7 @@ class Run:
             loaded: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
             return loaded
         except (OSError, ValueError):
-            return {"files": {}}
+            return {}
 
     def _same(self, folder: Path, facts: Provenance) -> bool:
         """Whether the artifact in `folder` is the one this run would make."""
@@ -216,15 +214,13 @@ class Run:
         source = found.get("source", {})
         here = (found.get("exporter"), found.get("digest"), recipe.get("sha256"), source.get("revision"))
         wanted = (exporter.__version__, facts.digest, facts.recipe_sha256, facts.source_revision or None)
-        sizes = all(
-            (folder / n).is_file() and (folder / n).stat().st_size == f["bytes"] for n, f in found["files"].items()
-        )
-        return here == wanted and sizes
+        return here == wanted
 
     def _validate(self, result: ArtifactResult, digests: Mapping[str, str]) -> None:
         from exporter.pipeline.prove import prove
 
         assert result.path is not None
+        self._seal(result.path, result.plan)
         result.report = prove(
             result.path,
             result.plan,
@@ -262,6 +258,11 @@ class Run:
                 f"{self.request.out} has {format_size(free)} free, this needs {format_size(need)} more",
                 hint="free some space, or choose another --out",
             )
+
+
+def _model_files(folder: Path, artifact: ArtifactPlan) -> list[Path]:
+    """The artifact's own files, without manifest and report."""
+    return sorted(p for p in folder.iterdir() if p.suffix == artifact.format.extension)
 
 
 def _threads() -> int:

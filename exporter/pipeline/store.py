@@ -12,23 +12,22 @@ kernel wrote pages out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exporter.errors import ExporterError
-from exporter.pipeline.files import write_all, write_at, write_whole
+from exporter.pipeline.files import flushing, reserve, write_all, write_at, write_whole
 from exporter.types import QTensor, leaves, tensor_digest
 from exporter.types.recipe import Step
 
-_SYNC_SECONDS = 5.0
 Source = Callable[[str, int, int], QTensor]
 
 
@@ -41,14 +40,13 @@ class Store:
         self._digests: dict[tuple[str, int], str] = {}
         self._facts: dict[tuple[str, int], tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self._synced = time.monotonic()
         self.closed = False
         self._offsets, size = _offsets(steps)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "store.json").exists():
             write_whole(folder / "store.json", json.dumps(about, indent=1) + "\n")
         self._data = os.open(folder / "data.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._data, size)
+        reserve(self._data, size)
         self._journal = os.open(folder / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._load()
 
@@ -91,21 +89,21 @@ class Store:
             write_all(self._journal, line)
             self._digests[step.name, leaf] = digest
             self._facts[step.name, leaf] = exact or (0, 0)
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                self._sync()
 
-    def _sync(self) -> None:
-        os.fsync(self._data)
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Fill the store in this block: at its end every leaf is in and durable.
+
+        The store is then closed: the next run need not check it.
+        """
+        if self.closed:
+            yield
+            return
+        with flushing([self._data, self._journal]):
+            yield
+        write_all(self._journal, b'{"closed": true}\n')
         os.fsync(self._journal)
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        """Every leaf is in: make it durable and say so, so that the next run need not check."""
-        if not self.closed:
-            self._sync()
-            write_all(self._journal, b'{"closed": true}\n')
-            os.fsync(self._journal)
-            self.closed = True
+        self.closed = True
 
     def release(self) -> None:
         """Give the files back, finished or not."""

@@ -19,13 +19,13 @@ from exporter.types.scheme import Scheme
 
 U8 = npt.NDArray[np.uint8]
 
-_LEAF_ELEMENTS = 1 << 22
+_LEAF_ELEMENTS = 1 << 20
 
 
 def leaf_rows(shape: Sequence[int]) -> int:
     """How many indices of the leading axis make one leaf of a tensor of this shape.
 
-    One expert for [E, N, K]; about 4 Mi numbers for [N, K]; everything for a vector.
+    One expert for [E, N, K]; about 1 Mi numbers for [N, K]; everything for a vector.
     """
     if len(shape) >= 3:
         return 1

@@ -1,8 +1,8 @@
 """Runs one GGUF in llama.cpp, in a process of its own: `python -m exporter.validate.llama_worker`.
 
 Native code can crash or hang, and memory can only be measured in a process that did nothing else.
-A `Request` comes as JSON on stdin; the answer is one JSON object on stdout (`runtime.py` starts the
-process and reads it), per-position results are an .npz that the request names.
+A `Request` comes as JSON on stdin; JSON lines go to stdout (`runtime.py` starts the process and reads
+them): progress, then one answer or error. Per-position results are an .npz that the request names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _SPEED_WINDOWS = 3
 _REPEATS = 3
 _PROMPT = 32
 _PR_SET_PDEATHSIG = 1
+
+Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class Request:
     generate: int = 32
 
 
-def run(request: Request) -> dict[str, Any]:
+def run(request: Request, report: Report) -> dict[str, Any]:
     """Load, tokenize, measure speed and memory, then compare. In this order: comparing needs memory of its own."""
+    report("load", 0, 1)
     started = time.perf_counter()
     with Model(Path(request.model), request.gpu_layers) as model:
         load_seconds = time.perf_counter() - started
@@ -73,15 +77,16 @@ def run(request: Request) -> dict[str, Any]:
                 hint="make the file and the reference from the same checkpoint",
             )
         del references
-        answer["speed"] = {"load_seconds": load_seconds, **_speed(model, request, tokens)}
+        answer["speed"] = {"load_seconds": load_seconds, **_speed(model, request, tokens, report)}
         answer["memory"] = _memory()
         answer["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        _compare(model, request)
+        _compare(model, request, report)
     return answer
 
 
-def _speed(model: Model, request: Request, tokens: Any) -> dict[str, Any]:
+def _speed(model: Model, request: Request, tokens: Any, report: Report) -> dict[str, Any]:
     """Prefill and decode rates, tokens per second, medians; and the greedy text."""
+    report("speed", 0, 1)
     length = tokens.shape[1]
     prompt = [int(t) for t in tokens[0, :_PROMPT]]
     room = max(request.context, length, len(prompt) + request.generate)
@@ -121,7 +126,7 @@ def _speed(model: Model, request: Request, tokens: Any) -> dict[str, Any]:
     }
 
 
-def _compare(model: Model, request: Request) -> None:
+def _compare(model: Model, request: Request, report: Report) -> None:
     references = {name: ReferenceLogits.load(Path(p)) for name, p in request.references.items()}
     windows, length = next(iter(references.values())).tokens.shape
     tokens = next(iter(references.values())).tokens
@@ -141,6 +146,7 @@ def _compare(model: Model, request: Request) -> None:
                 logits = context.decode(tokens[w, at : at + batch], all_logits=True)
                 for name, reference in references.items():
                     parts[name].append(compare(reference, w * length + at, logits))
+                report("compare", w * length + at + len(logits), windows * length)
     arrays = {
         f"{name}.{field}": values
         for name, found in parts.items()
@@ -179,16 +185,17 @@ def main() -> int:
     # Native code may print to stdout: keep the real one for the answer, give it stderr instead.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    request = Request(**json.load(sys.stdin))
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
     try:
-        answer = {"answer": run(request)}
-        code = 0
+        request = Request(**json.load(sys.stdin))
+        say({"answer": run(request, lambda *done: say({"progress": done}))})
     except ExporterError as error:
-        answer = {"error": {"message": error.message, "hint": error.hint}}
-        code = error.exit_code
-    with answers:
-        json.dump(answer, answers)
-    return code
+        say({"error": {"message": error.message, "hint": error.hint}})
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import ExporterError
-from exporter.model.reference import ReferenceLogits
+from exporter.model.reference import ReferenceLogits, following
 from exporter.numerics.floats import F32
 
 F64 = npt.NDArray[np.float64]
@@ -62,9 +62,9 @@ def divergence(p: F64, q: F64) -> F64:
 
     Rounded inputs whose sums differ from one would otherwise add an error of the first order.
     """
-    p = p - log_sum_exp(p)[:, None]
-    q = q - log_sum_exp(q)[:, None]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # infinite logits become NaN, and so "not measured"
+        p = p - log_sum_exp(p)[:, None]
+        q = q - log_sum_exp(q)[:, None]
         terms = np.exp(p) * np.where(np.isneginf(p), 0, p - q)
     out: F64 = terms.sum(axis=-1)
     return out
@@ -90,16 +90,18 @@ def _compare_rows(reference: ReferenceLogits, rows: slice, logits: F32) -> Posit
     whole = logits.astype(np.float64)
     total = log_sum_exp(whole)
     kept = np.take_along_axis(whole, ids, axis=1)
-    targets = _targets(reference)[rows]
+    targets = following(reference.tokens)[rows]
     artifact = np.where(targets < 0, np.nan, np.take_along_axis(whole, targets.clip(0)[:, None], axis=1)[:, 0])
     # One minus the kept mass would cancel where the tail is small: sum what is left.
     np.put_along_axis(whole, ids, -np.inf, axis=1)
     tail = log_sum_exp(whole)
+    with np.errstate(invalid="ignore"):
+        artifact = artifact - total
     return Positions(
         kl=divergence(_with_tail(reference, rows), np.concatenate((kept, tail[:, None]), axis=1)),
         same_top=(logits.argmax(axis=1) == ids[:, 0]).astype(np.float64),
         reference=reference.target_logprob[rows].astype(np.float64),
-        artifact=artifact - total,
+        artifact=artifact,
     )
 
 
@@ -136,12 +138,6 @@ def between(a: ReferenceLogits, b: ReferenceLogits) -> Positions:
     return Positions.join(parts)
 
 
-def _targets(reference: ReferenceLogits) -> npt.NDArray[np.int64]:
-    out = np.full_like(reference.tokens, -1)
-    out[:, :-1] = reference.tokens[:, 1:]
-    return out.reshape(-1)
-
-
 def _with_tail(reference: ReferenceLogits, rows: slice) -> F64:
     """[n, k + 1]"""
     both = (reference.top_logprobs[rows], reference.tail_logprob[rows, None])
@@ -158,8 +154,8 @@ def summary(positions: Positions, seed: int = 0) -> dict[str, Any]:
     kl = positions.kl
     follows = ~np.isnan(positions.reference)
     reference, artifact = positions.reference[follows], positions.artifact[follows]
-    low, high = bootstrap_mean(kl, seed)
     with np.errstate(over="ignore", invalid="ignore"):
+        low, high = bootstrap_mean(kl, seed)
         figures = {
             "kl_mean": kl.mean(),
             "kl_median": np.median(kl),

@@ -9,31 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from exporter.errors import ExporterError
 from exporter.model.reference import I64, ReferenceLogits
-from exporter.validate import llama_cpp, text
+from exporter.validate import llama_cpp
+from exporter.validate import text as texts
 from exporter.validate.llama_cpp import FlashAttention, KvType
 from exporter.validate.llama_worker import Request
 from exporter.validate.metrics import Positions, between, summary
 
-_STDERR_TAIL = 400  # characters of native output quoted in a message
+# (stage, done, total), as the worker gets on.
+OnProgress = Callable[[str, int, int], None]
 
 
 def prove_gguf(
     path: Path,
     *,
     tokens: I64,
-    sample: text.Text,
+    text: texts.Text,
     tokenizer_file: Path,
     release: ReferenceLogits,
     runtime: ReferenceLogits,
@@ -42,13 +46,14 @@ def prove_gguf(
     kv_type: KvType = "f16",
     context: int = 0,
     time_limit: float = 3600,
-    worker: Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """The report on a GGUF (its first file, if split).
 
     `tokens` int64 [W, T] are what both references were computed on: `release` with the rope as
-    released, `runtime` with `llama_cpp.runtime_rope`. `sample` is the text on which token ids are
-    compared with tokenizer_file. Speed and memory are measured with room for `context` tokens.
+    released, `runtime` with `llama_cpp.runtime_rope`. `text` is what they are from; the runtime's
+    token ids of pieces of it must equal tokenizer_file's. Speed and memory are measured with room
+    for `context` tokens.
 
     Keys: export (against `runtime`), release, runtime_difference (`runtime` against `release`),
     each as metrics.summary gives; tokenizer_equal and tokenizer; speed; memory; runtime.
@@ -58,8 +63,8 @@ def prove_gguf(
         raise ValueError("the references are of another text")
     if not path.is_file():
         raise ExporterError(f"{path} is missing", hint="exporter export makes it again")
-    tokenizer = text.load_tokenizer(tokenizer_file)
-    pieces = text.pieces(tokenizer, sample)
+    tokenizer = texts.load_tokenizer(tokenizer_file)
+    pieces = texts.pieces(tokenizer, text)
     with tempfile.TemporaryDirectory(prefix="exporter-proof-") as folder:
         work = Path(folder)
         release.save(work / "release.npz")
@@ -74,13 +79,13 @@ def prove_gguf(
             kv_type=kv_type,
             context=context,
         )
-        answer = run_worker(request, time_limit, worker)
+        answer = run_worker(request, time_limit, on_progress=on_progress)
         with np.load(work / "results.npz", allow_pickle=False) as results:
             found = {
                 name: Positions(**{f: results[f"{name}.{f}"] for f in Positions.__dataclass_fields__})
                 for name in request.references
             }
-    tokenizer_report = compare_ids(pieces, [text.encode(tokenizer, p) for p in pieces], answer["ids"])
+    tokenizer_report = compare_ids(pieces, [texts.encode(tokenizer, p) for p in pieces], answer["ids"])
     return {
         **{name: summary(positions) for name, positions in found.items()},
         "runtime_difference": summary(between(release, runtime)),
@@ -114,51 +119,82 @@ def compare_ids(pieces: Sequence[str], expected: Sequence[list[int]], found: Seq
     return {**checked, "first_difference": None}
 
 
-def run_worker(request: Request, time_limit: float, command: Sequence[str] | None = None) -> dict[str, Any]:
-    """The worker's answer. Its crash, its error or a run beyond `time_limit` seconds is an ExporterError."""
+def run_worker(
+    request: Request,
+    time_limit: float,
+    command: Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """The worker's answer. Its crash, its error or a run beyond `time_limit` seconds is an ExporterError.
+
+    `on_progress` is called from another thread.
+    """
     # -P: a folder called `exporter` in the working directory must not be imported.
     command = command or (sys.executable, "-P", "-m", "exporter.validate.llama_worker")
     name = Path(request.model).name
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-        )
-        try:
-            out, _ = process.communicate(json.dumps(dataclasses.asdict(request)).encode(), timeout=time_limit)
-        except subprocess.TimeoutExpired:
-            raise ExporterError(
-                f"{name} did not finish in llama.cpp within {time_limit:g} s",
-                hint="fewer windows or a longer limit; more threads than free cores are slow",
-            ) from None
-        finally:  # also on Ctrl-C: nothing is left running
-            if process.poll() is None:
+    with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as errors:
+        question.write(json.dumps(dataclasses.asdict(request)).encode())
+        question.seek(0)
+        with subprocess.Popen(
+            command, stdin=question, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        ) as process:
+            result: dict[str, Any] = {}
+            reader = threading.Thread(target=_listen, args=(process.stdout, result, on_progress), daemon=True)
+            reader.start()
+            try:
+                process.wait(time_limit)
+            except subprocess.TimeoutExpired:
+                raise ExporterError(
+                    f"{name} did not finish in llama.cpp within {time_limit:g} s",
+                    hint="fewer windows or a longer limit; more threads than free cores are slow",
+                ) from None
+            finally:  # also on Ctrl-C: nothing is left running
                 process.kill()
-                process.communicate()
+                process.wait()
+                reader.join()
         errors.seek(0)
-        tail = errors.read().decode("utf-8", "replace").strip()[-_STDERR_TAIL:]
-    return _answer(name, process.returncode, out, tail)
+        said = errors.read().decode("utf-8", "replace")
+    return _answer(name, process.returncode, result, said)
 
 
-def _answer(name: str, code: int, out: bytes, tail: str) -> dict[str, Any]:
-    try:
-        result = json.loads(out)
-    except ValueError:
-        result = {}
+def _listen(lines: IO[bytes], result: dict[str, Any], on_progress: OnProgress | None) -> None:
+    """Read JSON lines until the worker ends; the last that is not progress is the result."""
+    for line in lines:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(message, dict):
+            continue
+        if "progress" not in message:
+            result.update(message)
+        elif on_progress:
+            on_progress(*message["progress"])
+
+
+def _answer(name: str, code: int, result: dict[str, Any], said: str) -> dict[str, Any]:
     if "error" in result:
         raise ExporterError(result["error"]["message"], hint=result["error"]["hint"])
     if code == 0 and "answer" in result:
         answer: dict[str, Any] = result["answer"]
         return answer
-    how = f"exited with {code}"
-    if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     hint = "not enough memory?" if code == -signal.SIGKILL else "exporter doctor, then make the file again"
-    raise ExporterError(f"llama.cpp {how} while running {name}" + (f": {tail}" if tail else ""), hint=hint)
+    reason = _last_words(said)
+    raise ExporterError(f"llama.cpp {how} while running {name}" + (f": {reason}" if reason else ""), hint=hint)
+
+
+def _last_words(said: str) -> str:
+    """The line of native output that tells most: the last that speaks of an error, else the last."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if "rror" in line or "GGML_ASSERT" in line]
+    return (telling or lines or [""])[-1][:300]
 
 
 def _file_bytes(path: Path) -> int:
-    """Bytes of a GGUF, all its splits together."""
-    stem, middle, count = path.stem.rpartition("-of-")
-    if middle and stem[-5:].isdigit() and count.isdigit():
-        return sum(p.stat().st_size for p in path.parent.glob(f"{stem[:-5]}?????-of-{count}{path.suffix}"))
+    """Bytes of a GGUF, all its splits together (PREFIX-00001-of-00003.gguf)."""
+    if split := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5}))", path.stem):
+        prefix, suffix, count = split.groups()
+        parts = [path.with_name(f"{prefix}{i:05d}{suffix}{path.suffix}") for i in range(1, int(count) + 1)]
+        return sum(part.stat().st_size for part in parts)
     return path.stat().st_size

@@ -63,6 +63,20 @@ def test_mxfp4_agrees_with_transformers() -> None:
                 np.testing.assert_array_equal(got, w.transpose(1, 2).numpy())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_transformers_saves_is_the_same_model(tmp_path: Path) -> None:
+    """Loaded and dequantized by transformers, saved by it: floats, under the names of the blocks."""
+    transformers = pytest.importorskip("transformers")
+    quantization = transformers.Mxfp4Config(dequantize=True)
+    model = transformers.GptOssForCausalLM.from_pretrained(DEMO, quantization_config=quantization, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    with open_checkpoint(tmp_path / "saved") as checkpoint, open_checkpoint(DEMO) as demo:
+        assert checkpoint.layout == "hf-fused"
+        assert checkpoint.config == demo.config
+        for name, want in variants.canonical().items():
+            np.testing.assert_array_equal(read_all(checkpoint, name), want.numpy(), err_msg=name)
+
+
 def test_mxfp4_bits_are_moved_untouched() -> None:
     stored = variants.demo_tensors()
     p = "model.layers.2.mlp.experts."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -30,7 +31,9 @@ SAYS = {
     "truncated header": r"model-00001-of-00002\.safetensors: its header claims [\d,]+ bytes, the file has 900",
     "missing shard": r"shards named by .*index\.json are missing: model-00001-of-00002\.safetensors",
     "index leaves the folder": r'lm_head\.weight is said to lie in "\.\./model\.safetensors"',
-    "index is absolute": r'said to lie in "/etc/passwd"',
+    "index is absolute": r'said to lie in "/tmp/model\.safetensors"',
+    "index leaves by a detour": r'said to lie in "a/\.\./\.\./model\.safetensors"',
+    "index does not list": r"does not list tensors that the shards hold: lm_head\.weight",
     "index names another file type": r'said to lie in "config\.json"',
     "index names a ghost": r"tensors that their shard does not hold: model\.layers\.9\.ghost",
     "symlink leaves the folder": r"is a link to .*elsewhere\.safetensors, outside",
@@ -161,6 +164,42 @@ def test_per_expert_with_one_missing(tmp_path: Path) -> None:
     assert f"missing (1): {victim}" in refusal(folder).message
 
 
+def test_per_expert_of_two_types(tmp_path: Path) -> None:
+    folder = variants.per_expert(tmp_path / "c")
+    name = "model.layers.2.mlp.experts.down_projs.7.weight"
+    for shard in folder.glob("*.safetensors"):
+        tensors = variants.load_file(shard)
+        if name in tensors:
+            tensors[name] = tensors[name].float()
+            save_file(tensors, shard)
+    assert "dtype BF16, other experts of its layer another" in refusal(folder).message
+
+
+def test_bytes_predicted_from_the_config_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are checked one by one before; this is the sum, computed another way."""
+    monkeypatch.setattr("exporter.checkpoint.source.released_bytes", lambda config: 7408706)
+    assert "implies 7,408,706 bytes of tensors, the files hold 7,408,704" in refusal(DEMO).message
+
+
+def test_reads_in_pieces_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may give less than was asked for (on Linux always above 2 GiB)."""
+    whole = os.preadv
+    with open_checkpoint(DEMO) as checkpoint:
+        want = checkpoint.read("lm_head.weight", 0, 500).leaf_digest()
+        monkeypatch.setattr(os, "preadv", lambda fd, b, at: whole(fd, [b[0][:10_007]], at))
+        assert checkpoint.read("lm_head.weight", 0, 500).leaf_digest() == want
+
+
+def test_a_failing_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with open_checkpoint(DEMO) as checkpoint, pytest.raises(ExporterError, match="Input/output error") as caught:
+        checkpoint.read("lm_head.weight", 0, 1)
+    assert caught.value.exit_code == 1
+
+
 def test_shards_without_index_missing_one_or_double(tmp_path: Path) -> None:
     folder = variants.no_index(tmp_path / "a")
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -227,7 +266,14 @@ def test_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 def test_names_are_shown_safely() -> None:
     assert shown("a\x1b[31m\nb") == r"a\x1b[31m\nb"
+    assert shown("größe \ud800") == r"größe \ud800"
     assert len(shown("x" * 10_000)) == 96
+
+
+def test_a_config_may_not_write_on_the_terminal(tmp_path: Path) -> None:
+    folder = variants.copy(tmp_path / "c")
+    variants.edit_json(folder / "config.json", lambda c: c.update(model_type="\x1b[2J\n" + "x" * 100_000))
+    assert refusal(folder).message.isprintable()
 
 
 # Fuzzing: whatever the bytes, BadCheckpoint or success

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from exporter.checkpoint import Diagnosis, Finding, describe, diagnose, open_checkpoint
 from exporter.model import released
@@ -274,6 +276,36 @@ def test_the_released_template_is_known(tmp_path: Path, monkeypatch: pytest.Monk
     diagnosis = diagnose(DEMO, deep=False)
     assert diagnosis.tokenizer["template"] == "released"
     assert diagnosis.findings == []
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+PLACES = [
+    ("tokenizer.json", "added_tokens"), ("tokenizer.json", "model"), ("generation_config.json", "eos_token_id"),
+    ("generation_config.json", "pad_token_id"), ("tokenizer_config.json", "eos_token"),
+    ("tokenizer_config.json", "chat_template"), ("config.json", "quantization_config"),
+    ("config.json", "eos_token_id"), (variants.INDEX, "metadata"), (variants.INDEX, "weight_map"),
+]  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(place=st.sampled_from(PLACES), value=VALUES)
+def test_any_value_gives_findings_and_no_exception(
+    place: tuple[str, str], value: object, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "doctor-fuzz"
+    if not folder.exists():
+        variants.copy(folder)
+    file, key = place
+    edit_json(folder / file, lambda c: c.update({key: value}))
+    try:
+        diagnosis = diagnose(folder, deep=False)
+    finally:
+        (folder / file).write_bytes((DEMO / file).read_bytes())
+    assert all(f.what.isprintable() and len(f.what) < 1000 for f in diagnosis.findings)
 
 
 # inspect

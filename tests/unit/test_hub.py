@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from exporter.checkpoint import hub, hub_client
 from exporter.checkpoint.hub import HubModel, LocalModel, fetch, parse_model
-from exporter.checkpoint.hub_files import Record, RemoteFile, discard
+from exporter.checkpoint.hub_files import FileDigest, Record, RemoteFile, discard
 from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError
 from exporter.model.released import KNOWN_SHA256
 from tests.loopback_hub import Drop, Flip, LoopbackHub, Short, Slow, Status, Then, WholeFile, WrongSize
@@ -260,7 +260,7 @@ def test_files_unlike_the_release_are_refused(
     assert_complete(get(server, tmp_path))
 
 
-def _digests(server: LoopbackHub, cache: Path) -> dict[str, hub.FileDigest]:
+def _digests(server: LoopbackHub, cache: Path) -> dict[str, FileDigest]:
     server.repo("demo/copy", FILES)
     return get(server, cache, HubModel("demo/copy")).files
 
@@ -537,3 +537,12 @@ def test_a_full_disk_is_one_clear_line(server: LoopbackHub, tmp_path: Path) -> N
     assert "HF_HOME" in (caught.value.hint or "")
     partial.unlink()
     assert_complete(get(server, tmp_path))
+
+
+def test_a_failed_xet_transfer_names_the_way_around(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExporterError, match="the Xet transfer of a/b@c failed: Internal error") as caught,
+        hub_client.explained("a/b@c", "a/b", "https://hub", tmp_path),
+    ):
+        raise RuntimeError("Internal error: shard dedup")
+    assert "HF_HUB_DISABLE_XET=1" in (caught.value.hint or "")

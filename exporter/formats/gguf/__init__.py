@@ -182,13 +182,22 @@ class Gguf:
             for t in gguf.tensors:
                 kind = blocks.BY_ID.get(t.type)
                 if kind is None:
-                    raise ExporterError(f"{path.name}: tensor {t.name} has unknown type {t.type}", hint="make it again")
+                    raise ExporterError(
+                        f"{path.name}: tensor {t.name} has unknown type {t.type}",
+                        hint="exporter quantize ... --overwrite makes it again",
+                    )
                 nbytes = math.prod(t.dims[:-1]) * kind.row_bytes(t.dims[-1])
                 start = gguf.data_start + t.offset
                 if start + nbytes > gguf.size:
-                    raise ExporterError(f"{path.name}: ends inside tensor {t.name}", hint="make it again")
+                    raise ExporterError(
+                        f"{path.name}: ends inside tensor {t.name}",
+                        hint="exporter quantize ... --overwrite makes it again",
+                    )
                 if t.name in found:
-                    raise ExporterError(f"{path.name}: tensor {t.name} appears twice", hint="make it again")
+                    raise ExporterError(
+                        f"{path.name}: tensor {t.name} appears twice",
+                        hint="exporter quantize ... --overwrite makes it again",
+                    )
                 found[t.name] = Located(path, start, nbytes, kind.name)
         return self._match(folder, steps, found)
 
@@ -201,10 +210,15 @@ class Gguf:
             if place is None or (place.type, place.nbytes) != (target.type, target.nbytes):
                 what = "is missing" if place is None else f"is {place.type} of {place.nbytes:,} bytes"
                 wanted = f"expected {target.type} of {target.nbytes:,} bytes"
-                raise ExporterError(f"{folder.name}: tensor {target.name} {what}; {wanted}", hint="make it again")
+                raise ExporterError(
+                    f"{folder.name}: tensor {target.name} {what}; {wanted}",
+                    hint="exporter quantize ... --overwrite makes it again",
+                )
             located[step.name] = place
         if found:
-            raise ExporterError(f"{folder.name}: unknown tensor {min(found)}", hint="make it again")
+            raise ExporterError(
+                f"{folder.name}: unknown tensor {min(found)}", hint="exporter quantize ... --overwrite makes it again"
+            )
         return located
 
 

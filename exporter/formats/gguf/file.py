@@ -106,7 +106,10 @@ class _Cursor:
         self.raw, self.path, self.at = raw, path, 0
 
     def fail(self, problem: str) -> ExporterError:
-        return ExporterError(f"{self.path.name}: damaged GGUF: {problem} (at byte {self.at})", hint="make it again")
+        return ExporterError(
+            f"{self.path.name}: damaged GGUF: {problem} (at byte {self.at})",
+            hint="exporter quantize ... --overwrite makes it again",
+        )
 
     def take(self, n: int) -> bytes:
         if n > len(self.raw) - self.at:
@@ -150,7 +153,9 @@ def read_gguf(path: Path) -> GgufFile:
     """Metadata and tensor table of one file. Raises ExporterError for anything damaged or hostile."""
     size = path.stat().st_size
     if size < 24:
-        raise ExporterError(f"{path.name}: not a GGUF file ({size} bytes)", hint="make it again")
+        raise ExporterError(
+            f"{path.name}: not a GGUF file ({size} bytes)", hint="exporter quantize ... --overwrite makes it again"
+        )
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as raw:
         return _read_tables(_Cursor(raw, path), size)
 
@@ -158,10 +163,13 @@ def read_gguf(path: Path) -> GgufFile:
 def _read_tables(c: _Cursor, size: int) -> GgufFile:
     path = c.path
     if c.take(4) != MAGIC:
-        raise ExporterError(f"{path.name}: not a GGUF file", hint="make it again")
+        raise ExporterError(f"{path.name}: not a GGUF file", hint="exporter quantize ... --overwrite makes it again")
     version = c.number("<I")
     if version != VERSION:
-        raise ExporterError(f"{path.name}: GGUF version {version}, not {VERSION}", hint="make it again")
+        raise ExporterError(
+            f"{path.name}: GGUF version {version}, not {VERSION}",
+            hint="exporter quantize ... --overwrite makes it again",
+        )
     n_tensors, n_metadata = c.number("<Q"), c.number("<Q")
     if (n_tensors + n_metadata) * 16 > size:
         raise c.fail(f"claims {n_tensors:,} tensors and {n_metadata:,} metadata keys")

@@ -1,0 +1,87 @@
+"""Every format gives back exactly the numbers it was given, for every scheme it says it holds."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exporter.formats import all_formats, get_format
+from exporter.numerics import decode
+from exporter.types import QTensor, Scheme, TensorSpec
+from exporter.types.recipe import Step
+
+CASES = [(f, s) for f in all_formats().values() for s in f.schemes()]
+SHAPES = [(3, 5, 64), (7, 192), (1, 1, 128), (2, 4, 2880)]
+
+
+def random_tensor(scheme: Scheme, shape: tuple[int, ...], seed: int) -> QTensor:
+    """Any bits at all: every code, every finite scale."""
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (*shape[:-1], scheme.data_bytes(shape[-1])), dtype=np.uint8)
+    if scheme.kind == "float":
+        return QTensor("t", scheme, data)
+    lead = (*shape[:-1], shape[-1] // scheme.group)
+    if scheme.scale == "e8m0":
+        return QTensor("t", scheme, data, rng.integers(0, 255, lead, dtype=np.uint8))
+    return QTensor("t", scheme, data, rng.normal(0, 1, lead).astype(np.float16))
+
+
+def step_of(scheme: Scheme, shape: tuple[int, ...]) -> Step:
+    name = "model.layers.0.mlp.experts.gate_proj.weight" if len(shape) == 3 else "lm_head.weight"
+    role = "expert" if len(shape) == 3 else "head"
+    return Step(TensorSpec(name, shape, role), "rtn", scheme, scheme)
+
+
+@pytest.mark.parametrize(("fmt", "name"), CASES, ids=lambda c: c if isinstance(c, str) else c.name)
+@settings(deadline=None, max_examples=15)
+@given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**32))
+def test_unpack_returns_what_pack_was_given(fmt, name, shape, seed):
+    scheme = Scheme.parse(name)
+    q, step = random_tensor(scheme, shape, seed), step_of(scheme, shape)
+    assert fmt.refuse(scheme, step.spec) is None
+    packed = fmt.pack(step, q)
+    assert packed.nbytes == fmt.target(step).nbytes
+    back = fmt.unpack(step, packed)
+    assert back.leaf_digest() == q.leaf_digest()
+    assert back.shape == q.shape
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert np.array_equal(decode.values(back), decode.values(q), equal_nan=True)
+
+
+@pytest.mark.parametrize(("fmt", "name"), CASES, ids=lambda c: c if isinstance(c, str) else c.name)
+def test_a_tensor_packs_the_same_in_pieces(fmt, name):
+    scheme, shape = Scheme.parse(name), (4, 3, 64)
+    q, step = random_tensor(scheme, shape, 1), step_of(scheme, shape)
+    parts = []
+    for i in range(shape[0]):
+        scales = None if q.scales is None else q.scales[i : i + 1]
+        parts.append(fmt.pack(step, QTensor(q.name, scheme, q.data[i : i + 1], scales)))
+    assert np.array_equal(np.concatenate(parts), fmt.pack(step, q))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("int4-g32-asym", (4, 64), "zero points"),
+        ("int8-g48", (4, 96), "groups of 48"),
+    ],
+)
+def test_gguf_refuses_what_it_cannot_hold(name, shape, reason):
+    assert reason in get_format("gguf").refuse(Scheme.parse(name), step_of(Scheme.parse(name), shape).spec)
+
+
+def test_blocks_of_one_group_must_agree():
+    fmt, scheme = get_format("gguf"), Scheme.parse("int8-g64")
+    step = step_of(scheme, (1, 64))
+    packed = fmt.pack(step, random_tensor(scheme, (1, 64), 3)).copy()
+    packed[34] ^= 1  # the scale of the second block of the group
+    with pytest.raises(ValueError, match="different scales"):
+        fmt.unpack(step, packed)
+
+
+def test_a_float_that_was_no_bf16_is_seen():
+    fmt, scheme = get_format("gguf"), Scheme.parse("bf16")
+    step = Step(TensorSpec("model.norm.weight", (8,), "vector"), "keep", scheme, scheme)
+    raw = np.full(8, 1.1, np.float32).view(np.uint8)
+    with pytest.raises(ValueError, match="not bfloat16"):
+        fmt.unpack(step, raw)
