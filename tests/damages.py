@@ -176,7 +176,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "missing shard": _missing_shard,
     "index leaves the folder": _index_names("../model.safetensors"),
     "index leaves by a detour": _index_names("a/../../model.safetensors"),
-    "index is absolute": _index_names("/tmp/model.safetensors"),
+    "index is absolute": _index_names("/etc/model.safetensors"),
     "index names another file type": _index_names("config.json"),
     "index names a ghost": _index_ghost,
     "index does not list": lambda f: edit_json(f / INDEX, lambda i: i["weight_map"].pop("lm_head.weight")),

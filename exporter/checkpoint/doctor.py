@@ -13,7 +13,7 @@ from exporter.checkpoint.folder import find_beside, find_weights
 from exporter.checkpoint.headers import read_json, shown
 from exporter.checkpoint.source import Checkpoint, open_checkpoint, parse_config, read_template
 from exporter.checkpoint.vocabulary import examine_texts
-from exporter.errors import ExporterError
+from exporter.errors import BadCheckpoint, ExporterError
 from exporter.model import ModelConfig
 
 
@@ -64,6 +64,17 @@ def diagnose(path: Path, deep: bool = True, on_progress: Callable[[int, int], No
     except OSError as e:
         findings.add("error", f"cannot be read ({e.strerror})", str(path), "check its permissions")
     return Diagnosis(path, findings.sorted(), checkpoint, read, tokenizer)
+
+
+def require_sound_files(checkpoint: Checkpoint) -> None:
+    """Raises BadCheckpoint with the first error that configuration, tokenizer and template show."""
+    findings = Findings()
+    _examine_small(checkpoint, findings)
+    errors = [f for f in findings.sorted() if f.level == "error"]
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        cure = f"{errors[0].cure}; exporter doctor says all" if errors[0].cure else "exporter doctor says all"
+        raise BadCheckpoint(f"{errors[0].where}: {errors[0].what}{more}", cure)
 
 
 def _examine_small(c: Checkpoint, findings: Findings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,20 @@ class Vocabulary:
         return next((i for i, t in self.tokens.items() if t == token), None)
 
 
+def read_tokenizer(path: Path) -> dict[str, Any]:
+    """tokenizer.json as it lies there. The last one is kept: the released file takes a third of a second."""
+    stat = path.stat()
+    return _parsed(path, (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, _stamp: tuple[int, int]) -> dict[str, Any]:
+    return read_json(path, TOKENIZER_CAP)
+
+
 def read_vocabulary(path: Path) -> Vocabulary:
     """Ids of a tokenizer.json (tokenizers library). Raises BadCheckpoint."""
-    raw = read_json(path, TOKENIZER_CAP)
+    raw = read_tokenizer(path)
     model = raw.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from exporter.pipeline import leaves as parallel
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.store import Source, Store
-from exporter.quantize.rtn import repack, round_to
+from exporter.quantize.rtn import repack, require_finite, round_to
 from exporter.types import leaves
 from exporter.types.recipe import Step
 
@@ -44,4 +44,5 @@ def _commit(store: Store, step: Step, leaf: int, source: Source) -> None:
     elif step.method == "rtn":
         store.append(step, leaf, round_to(q, step.scheme))
     else:
+        require_finite(q)
         store.append(step, leaf, q)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import exporter
-from exporter.checkpoint.headers import read_json
+from exporter.checkpoint.doctor import require_sound_files
+from exporter.checkpoint.vocabulary import read_tokenizer
 from exporter.errors import BadCheckpoint, Refused
 from exporter.formats.base import ExportJob, Provenance
 from exporter.pipeline.export import export, publish
@@ -91,12 +92,10 @@ class Run:
 
     def _tokenizer(self) -> Mapping[str, Any]:
         """tokenizer.json, accepted by every format of the plan: found out before any work."""
+        require_sound_files(self.model.checkpoint)
         path = self.model.checkpoint.tokenizer_file
-        if path is None:
-            raise BadCheckpoint(
-                f"{self.model.checkpoint.path} has no tokenizer.json", hint="copy tokenizer.json from the source model"
-            )
-        tokenizer = read_json(path)
+        assert path is not None
+        tokenizer = read_tokenizer(path)
         for artifact in self.plan.artifacts:
             if reason := artifact.format.refuse_tokenizer(tokenizer, self.plan.config):
                 raise BadCheckpoint(f"{path}: {reason}", hint="copy tokenizer.json from the source model")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.checkpoint.hub import HubModel, LocalModel, fetch, list_files, parse_model
+from exporter.checkpoint.hub import HubModel, HubSnapshot, LocalModel, fetch, list_files, parse_model
 from exporter.errors import BadCheckpoint
 from exporter.model import ModelConfig
 from exporter.model.released import released_config
@@ -63,6 +63,19 @@ def open_model(text: str, progress: Progress) -> OpenedModel:
     model = parse_model(text)
     if isinstance(model, LocalModel):
         return OpenedModel(model_name(model), open_checkpoint(model.path), {})
+    snapshot = _fetch(model, progress)
+    checkpoint = open_checkpoint(snapshot.path, repo=snapshot.repo, revision=snapshot.revision)
+    hashes = {name: digest.sha256 for name, digest in snapshot.files.items()}
+    return OpenedModel(model_name(model), checkpoint, hashes)
+
+
+def local_folder(text: str, progress: Progress) -> Path:
+    """The folder that `text` means, a Hub model fetched and checked; whatever it holds."""
+    model = parse_model(text)
+    return model.path if isinstance(model, LocalModel) else _fetch(model, progress).path
+
+
+def _fetch(model: HubModel, progress: Progress) -> HubSnapshot:
     progress.stage(f"fetch {model}", list_files(model).missing)
     seen: dict[str, int] = {}
 
@@ -72,9 +85,7 @@ def open_model(text: str, progress: Progress) -> OpenedModel:
 
     snapshot = fetch(model, on_progress=on_progress)
     progress.done()
-    checkpoint = open_checkpoint(snapshot.path, repo=snapshot.repo, revision=snapshot.revision)
-    hashes = {name: digest.sha256 for name, digest in snapshot.files.items()}
-    return OpenedModel(model_name(model), checkpoint, hashes)
+    return snapshot
 
 
 def outline_model(text: str) -> ModelOutline:

@@ -6,14 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.errors import ExporterError
+from exporter.errors import BadCheckpoint
 from exporter.numerics import decode, e2m1, intq
 from exporter.numerics.floats import F32, f32_to_bf16
 from exporter.types import QTensor, Scheme
 
+_DOCTOR = "exporter doctor names every damaged tensor"
+# Exponent bits all set: infinity or NaN.
+_EXPONENT = {"bf16": (np.uint16, 0x7F80), "f16": (np.uint16, 0x7C00), "f32": (np.uint32, 0x7F800000)}
+
+
+def require_finite(q: QTensor) -> None:
+    """Raises BadCheckpoint naming the tensor when numbers that are moved as they are hold NaN or infinity."""
+    if q.scheme.kind == "float":
+        kind, mask = _EXPONENT[q.scheme.float_type]
+        bits = np.ascontiguousarray(q.data).view(kind)
+        if bool(((bits & kind(mask)) == mask).any()):
+            raise BadCheckpoint(f"{q.name} holds NaN or infinity", hint=_DOCTOR)
+    elif q.scheme.kind == "e2m1" and q.scales is not None and bool((q.scales == e2m1.SCALE_NAN).any()):
+        raise BadCheckpoint(f"{q.name} has an MXFP4 scale of 255, which is not a number", hint=_DOCTOR)
+
 
 def round_to(q: QTensor, scheme: Scheme) -> QTensor:
-    """`q`'s numbers, rounded to `scheme`. Raises ExporterError naming the tensor for NaN, infinity or overflow."""
+    """`q`'s numbers, rounded to `scheme`. Raises BadCheckpoint naming the tensor for NaN, infinity or overflow."""
     values = decode.values(q)
     try:
         if scheme.kind == "float":
@@ -24,7 +39,7 @@ def round_to(q: QTensor, scheme: Scheme) -> QTensor:
         codes, f16_scales = intq.quantize(values, scheme)
         return QTensor(q.name, scheme, codes, f16_scales)
     except ValueError as e:
-        raise ExporterError(f"{q.name}: {e}", hint="exporter doctor names every damaged tensor") from None
+        raise BadCheckpoint(f"{q.name}: {e}", hint=_DOCTOR) from None
 
 
 def _floats(values: F32, scheme: Scheme) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
@@ -53,9 +68,7 @@ def repack(q: QTensor, scheme: Scheme) -> Repacked:
     """
     values = decode.values(q)
     if not np.isfinite(values).all():
-        raise ExporterError(
-            f"{q.name}: NaN or infinity cannot be stored as MXFP4", hint="exporter doctor names every damaged tensor"
-        )
+        raise BadCheckpoint(f"{q.name}: NaN or infinity cannot be stored as MXFP4", hint=_DOCTOR)
     packed, exact = e2m1.repack_exact(values)
     if not exact.all():
         # Only the blocks off the grid need the search, which is slow.
