@@ -66,7 +66,7 @@ class Slow:
 
 @dataclass(frozen=True)
 class WrongSize:
-    """Send a body that is this many bytes longer, with headers that agree with it."""
+    """Send a body that is this many bytes longer (or shorter), with headers that agree with it."""
 
     extra: int
 
@@ -317,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Flip):
             data = data[: fault.offset] + bytes([data[fault.offset] ^ 1]) + data[fault.offset + 1 :]
         elif isinstance(fault, WrongSize):
-            data += b"\0" * fault.extra
+            data = (data + b"\0" * fault.extra)[: len(data) + fault.extra]
         elif isinstance(fault, Slow):
             time.sleep(fault.seconds)
         status, wanted = 200, self.headers.get("Range")

@@ -138,7 +138,7 @@ def _rule(raw: object, where: str) -> Rule:
             hint=f"methods: {', '.join(METHODS)}",
         )
     name, scale_rule = table.raw.get("scheme"), table.raw.get("scale_rule")
-    scheme = Scheme.parse(name, scale_rule) if isinstance(name, str) else None
+    scheme = _scheme(name, scale_rule, where) if isinstance(name, str) else None
     if (method == "keep") != (scheme is None):
         problem = "keep takes no scheme" if scheme else f'method "{method}" needs a scheme'
         raise UsageError(f"{where}: {problem}", hint='e.g. method = "rtn", scheme = "int8-g32"')
@@ -154,3 +154,10 @@ def _rule(raw: object, where: str) -> Rule:
             )
     patterns = (match,) if isinstance(match, str) else tuple(str(m) for m in match)
     return Rule(patterns, method, scheme, otherwise)
+
+
+def _scheme(name: str, scale_rule: str | None, where: str) -> Scheme:
+    try:
+        return Scheme.parse(name, scale_rule)
+    except UsageError as e:
+        raise UsageError(f"{where}: {e.message}", e.hint) from None

@@ -265,9 +265,11 @@ def _digests(server: LoopbackHub, cache: Path) -> dict[str, FileDigest]:
     return get(server, cache, HubModel("demo/copy")).files
 
 
-def test_another_size_than_listed_is_refused(server: LoopbackHub, tmp_path: Path) -> None:
-    server.inject("GET", "/_cdn/", WrongSize(7))
-    with pytest.raises(ExporterError, match=r"sends 4,445,647 bytes where its listing says 4,445,640"):
+@pytest.mark.parametrize("extra", [7, -7])
+def test_another_size_than_listed_is_refused(server: LoopbackHub, tmp_path: Path, extra: int) -> None:
+    server.inject("GET", "/_cdn/", WrongSize(extra))
+    says = f"sends {4_445_640 + extra:,} bytes where its listing says 4,445,640"
+    with pytest.raises(ExporterError, match=says):
         get(server, tmp_path)
     assert_complete(get(server, tmp_path))
 
