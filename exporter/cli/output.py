@@ -71,8 +71,10 @@ def progress(quiet: bool = False) -> Progress:
     return _Bars() if sys.stderr.isatty() and not quiet else Progress()
 
 
-def _amount(n: float, unit: str) -> str:
-    return format_size(n) if unit == "B" else f"{format_size(n).removesuffix('B').rstrip()} {unit}"
+def _amount(n: float, unit: str = "") -> str:
+    """ "13.8 GB" for bytes, "8.9 M parameters" for others; without a unit where the next number has it."""
+    size = format_size(n)
+    return size if unit == "B" else f"{size.removesuffix('B').rstrip()} {unit}".rstrip()
 
 
 class _Bars(Progress):
@@ -94,7 +96,7 @@ class _Bars(Progress):
                     return Text(f"{task.elapsed or 0:.0f} s")
                 unit = task.fields["unit"]
                 speed = f"  {_amount(task.speed, unit)}/s" if task.speed else ""
-                return Text(f"{_amount(task.completed, unit)} of {_amount(task.total, unit)}{speed}")
+                return Text(f"{_amount(task.completed)} of {_amount(task.total, unit)}{speed}")
 
         self._columns = (
             SpinnerColumn(),

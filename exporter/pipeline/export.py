@@ -1,4 +1,8 @@
-"""Pack the store into an artifact: lay every file out, stream the leaves in, give it its name at the end.
+"""Make an artifact: lay every file out, stream the leaves in, give it its name at the end.
+
+Leaves that the store lacks are quantized on the way, so that the first format of a recipe reads the
+checkpoint once. The digests that a file carries about itself are known only at the end: heads are laid
+out with marks of the same length in their place, and stamped when all is done.
 
 While it is made, an artifact lives in `<name>.partial/` with a journal of the leaves that were written.
 A resumed run unpacks each of those again and compares digests with the store, so a torn write is
@@ -7,11 +11,12 @@ written anew; then the folder is renamed. Nothing half-done ever has the final n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,10 @@ from exporter.errors import ExporterError
 from exporter.formats.base import ExportJob, FileLayout, Format
 from exporter.pipeline import leaves as parallel
 from exporter.pipeline.files import flushing, reserve, sync_folder, write_all, write_at, write_whole
+from exporter.pipeline.manifest import MARK, total_digest
 from exporter.pipeline.progress import Progress
-from exporter.pipeline.store import Store
+from exporter.pipeline.quantize import obtain, tasks
+from exporter.pipeline.store import Source, Store
 from exporter.types import leaves
 from exporter.types.recipe import Step
 
@@ -44,38 +51,42 @@ class _Partial:
 
     def __init__(self, folder: Path, layouts: Sequence[FileLayout]) -> None:
         self.folder = folder
-        self.resumed = self._same_heads(layouts)
-        if not self.resumed and folder.exists():
+        # The journal begins with what was laid out; another layout starts afresh.
+        self._plan = hashlib.sha256(b"".join(layout.head for layout in layouts)).hexdigest()
+        self._lock = threading.Lock()
+        self.written: set[tuple[str, int]] = set()
+        resumed = self._resumable(layouts)
+        if not resumed and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.descriptors = [self._open(layout) for layout in layouts]
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        self._journal = os.open(folder / JOURNAL, flags, 0o644)
-        self._lock = threading.Lock()
-        self.written = self._load_journal()
-
-    def _same_heads(self, layouts: Sequence[FileLayout]) -> bool:
-        for layout in layouts:
-            path = self.folder / layout.filename
-            if not path.is_file() or path.stat().st_size != layout.size:
-                return False
-            with open(path, "rb") as f:
-                if f.read(len(layout.head)) != layout.head:
-                    return False
-        return (self.folder / JOURNAL).is_file()
-
-    def _open(self, layout: FileLayout) -> int:
-        descriptor = os.open(self.folder / layout.filename, os.O_RDWR | os.O_CREAT, 0o644)
-        if not self.resumed:
+        self.descriptors = [os.open(folder / each.filename, os.O_RDWR | os.O_CREAT, 0o644) for each in layouts]
+        self._journal = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        for descriptor, layout in zip(self.descriptors, layouts, strict=True):
             reserve(descriptor, layout.size)
-            write_at(descriptor, [np.frombuffer(layout.head, np.uint8)], 0)
-        return descriptor
+        if resumed:
+            self._load_journal()
+        else:
+            write_all(self._journal, json.dumps({"plan": self._plan}).encode() + b"\n")
 
-    def _load_journal(self) -> set[tuple[str, int]]:
+    def _resumable(self, layouts: Sequence[FileLayout]) -> bool:
+        try:
+            with open(self.folder / JOURNAL, "rb") as f:
+                same = bool(json.loads(f.readline()) == {"plan": self._plan})
+            return same and all((self.folder / each.filename).stat().st_size == each.size for each in layouts)
+        except (OSError, ValueError):
+            return False
+
+    def _load_journal(self) -> None:
         raw = (self.folder / JOURNAL).read_bytes()
         end = raw.rfind(b"\n") + 1
         os.ftruncate(self._journal, end)
-        return {(r["tensor"], r["leaf"]) for r in map(json.loads, raw[:end].splitlines())}
+        self.written = {(r["tensor"], r["leaf"]) for r in map(json.loads, raw[:end].splitlines()[1:])}
+
+    def stamp(self, layouts: Sequence[FileLayout], digests: Sequence[str]) -> None:
+        """Write the heads, every mark replaced by the digest it stands for."""
+        for descriptor, layout in zip(self.descriptors, layouts, strict=True):
+            write_at(descriptor, [np.frombuffer(stamped(layout.head, digests), np.uint8)], 0)
+            os.fsync(descriptor)
 
     def commit(self, name: str, leaf: int) -> None:
         line = json.dumps({"tensor": name, "leaf": leaf}).encode() + b"\n"
@@ -92,10 +103,14 @@ def export(
     fmt: Format,
     job: ExportJob,
     store: Store,
+    source: Source,
     workers: int,
     progress: Progress,
 ) -> Path:
-    """Write every file of the artifact into `<folder>.partial` and return that path. Resumes."""
+    """Write every file of the artifact into `<folder>.partial` and return that path. Resumes.
+
+    `job.provenance` carries marks for digests (`manifest.MARK`): the store need not be complete.
+    """
     layouts = fmt.layout(job)
     partial = _Partial(folder.with_name(folder.name + ".partial"), layouts)
     try:
@@ -104,21 +119,29 @@ def export(
 
         def work(task: tuple[Step, int]) -> None:
             step, leaf = task
-            n = _export_leaf(fmt, step, leaf, places[step.name], store, partial)
+            n = _export_leaf(fmt, step, leaf, places[step.name], store, source, partial)
             progress.advance(n, step.name)
 
-        with flushing(partial.descriptors):
-            parallel.each(_tasks(job.steps), work, workers)
+        with store.writing(), flushing(partial.descriptors):
+            parallel.each(tasks(job.steps), work, workers)
+        digests = store.digests(job.steps)
+        partial.stamp(layouts, [total_digest(digests), *digests.values()])
         progress.done()
     finally:
         partial.release()
     return partial.folder
 
 
-def _tasks(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:
-    for step in steps:
-        for leaf in range(len(leaves(step.spec.shape))):
-            yield step, leaf
+def stamped(head: bytes, digests: Sequence[str]) -> bytes:
+    """`head` with its marks replaced by `digests`, in order. A head has all of the marks or none."""
+    start = head.find(MARK.encode())
+    if start < 0:
+        return head
+    pieces = head[start:].split(MARK.encode())
+    if len(pieces) != len(digests) + 1:
+        raise ValueError(f"{len(pieces) - 1} marks for {len(digests)} digests")
+    filled = b"".join(piece + digest.encode() for piece, digest in zip(pieces[:-1], digests, strict=True))
+    return head[:start] + filled + pieces[-1]
 
 
 def _places(
@@ -133,14 +156,16 @@ def _places(
     return places
 
 
-def _export_leaf(fmt: Format, step: Step, leaf: int, place: Place, store: Store, partial: _Partial) -> int:
+def _export_leaf(
+    fmt: Format, step: Step, leaf: int, place: Place, store: Store, source: Source, partial: _Partial
+) -> int:
     start, stop = leaves(step.spec.shape)[leaf]
     offset, nbytes = place.offset + start * place.stride, (stop - start) * place.stride
-    if (step.name, leaf) in partial.written:
+    if (step.name, leaf) in partial.written and store.has(step, leaf):
         raw = np.frombuffer(os.pread(place.descriptor, nbytes, offset), np.uint8)
-        if _intact(fmt, step, raw, store.leaf_digests(step)[leaf]):
+        if _intact(fmt, step, raw, store.leaf_digest(step, leaf)):
             return nbytes
-    packed = fmt.pack(step, store.read(step, leaf))
+    packed = fmt.pack(step, obtain(store, step, leaf, source))
     if packed.nbytes != nbytes:
         raise ExporterError(f"{fmt.name} packed {step.name} into {packed.nbytes:,} bytes instead of {nbytes:,}")
     write_at(place.descriptor, [packed], offset)

@@ -18,19 +18,25 @@ from exporter.pipeline.progress import Progress
 from exporter.pipeline.source import OpenedModel
 from exporter.pipeline.store import Store
 
+# Stands for a digest while it is not known; of a digest's length.
+MARK = "known-when-every-tensor-is-written".center(64, "-")
 
-def provenance(model: OpenedModel, artifact: ArtifactPlan, store: Store) -> Provenance:
-    """The facts that go into the artifact's own metadata."""
-    digests = {s.name: store.digest(s) for s in artifact.steps}
-    total = hashlib.sha256("".join(f"{n} {d}\n" for n, d in digests.items()).encode()).hexdigest()
+
+def total_digest(digests: Mapping[str, str]) -> str:
+    """One SHA-256 over the names and digests of all tensors, in order."""
+    return hashlib.sha256("".join(f"{n} {d}\n" for n, d in digests.items()).encode()).hexdigest()
+
+
+def provenance(model: OpenedModel, artifact: ArtifactPlan, digests: Mapping[str, str] | None = None) -> Provenance:
+    """The facts that go into the artifact's own metadata; marks in the place of digests where there are none yet."""
     return Provenance(
         exporter_version=exporter.__version__,
         source_repo=model.checkpoint.repo or "",
         source_revision=model.checkpoint.revision or "",
         recipe=artifact.recipe.name,
         recipe_sha256=artifact.recipe.sha256,
-        digest=total,
-        tensor_digests=digests,
+        digest=total_digest(digests) if digests else MARK,
+        tensor_digests=digests or {s.name: MARK for s in artifact.steps},
     )
 
 

@@ -118,15 +118,15 @@ class Run:
         artifact = result.plan
         store = self._open_store(artifact)
         try:
-            quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
-            result.status = "quantized"
-            shares = [store.exact_share(s) for s in artifact.steps if s.method == "repack"]
-            result.repacked = (sum(e for e, _ in shares), sum(b for _, b in shares))
-            if until >= STAGES.index("export"):
-                facts = provenance(self.model, artifact, store)
-                result.path = self._export(artifact, store, facts)
+            if until < STAGES.index("export"):
+                quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
+                result.status = "quantized"
+            else:
+                result.path, facts = self._export(artifact, store)
                 result.nbytes = sum(p.stat().st_size for p in _model_files(result.path, artifact))
                 result.status = "exported"
+            shares = [store.exact_share(s) for s in artifact.steps if s.method == "repack"]
+            result.repacked = (sum(e for e, _ in shares), sum(b for _, b in shares))
             if until >= STAGES.index("validate"):
                 self._validate(result, facts.tensor_digests)
         finally:
@@ -144,20 +144,26 @@ class Run:
         folder = self.folder / "store" / f"{artifact.recipe.name}-{key[:12]}"
         return Store(folder, artifact.steps, self.model.checkpoint.read, about)
 
-    def _export(self, artifact: ArtifactPlan, store: Store, facts: Provenance) -> Path:
+    def _export(self, artifact: ArtifactPlan, store: Store) -> tuple[Path, Provenance]:
+        """The artifact's folder, made now or found finished, and what it holds."""
         folder = self.folder / self.profile.name / artifact.spec.folder
         if folder.exists() and not self.request.overwrite:
+            # What is there is judged by its digests, so the numbers come first.
+            quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
+            facts = provenance(self.model, artifact, store.digests(artifact.steps))
             if self._same(folder, facts):
-                return folder
+                return folder, facts
             raise Refused(
                 f"{folder} holds an artifact of other numbers (another checkpoint, recipe or version)",
                 hint="--overwrite replaces it, --out puts this one elsewhere",
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        job = self._job(artifact, facts)
-        partial = export(folder, artifact.format, job, store, self.workers, self.progress)
+        job = self._job(artifact, provenance(self.model, artifact))
+        source = self.model.checkpoint.read
+        partial = export(folder, artifact.format, job, store, source, self.workers, self.progress)
+        facts = provenance(self.model, artifact, store.digests(artifact.steps))
         publish(partial, folder, manifest(self.model, artifact, store, facts))
-        return folder
+        return folder, facts
 
     def _job(self, artifact: ArtifactPlan, facts: Provenance) -> ExportJob:
         checkpoint = self.model.checkpoint

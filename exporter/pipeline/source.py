@@ -77,11 +77,12 @@ def local_folder(text: str, progress: Progress) -> Path:
 
 def _fetch(model: HubModel, progress: Progress) -> HubSnapshot:
     progress.stage(f"fetch {model}", list_files(model).missing)
-    seen: dict[str, int] = {}
+    seen = 0
 
-    def on_progress(name: str, done: int, total: int) -> None:
-        progress.advance(done - seen.get(name, 0), name)
-        seen[name] = done
+    def on_progress(name: str, done: int, _total: int) -> None:
+        nonlocal seen
+        progress.advance(done - seen, name)
+        seen = done
 
     snapshot = fetch(model, on_progress=on_progress)
     progress.done()

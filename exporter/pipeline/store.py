@@ -116,12 +116,18 @@ class Store:
             return self._source(step.name, *leaves(step.spec.shape)[leaf])
         return self._read_data(step, leaf)
 
-    def leaf_digests(self, step: Step) -> list[bytes]:
-        return [bytes.fromhex(self._digests[step.name, i]) for i in range(len(leaves(step.spec.shape)))]
+    def leaf_digest(self, step: Step, leaf: int) -> bytes:
+        """The committed digest of a finished leaf."""
+        return bytes.fromhex(self._digests[step.name, leaf])
 
     def digest(self, step: Step) -> str:
         """The tensor's digest; see `types.tensor_digest`."""
-        return tensor_digest(step.scheme, step.spec.shape, self.leaf_digests(step))
+        every = [self.leaf_digest(step, i) for i in range(len(leaves(step.spec.shape)))]
+        return tensor_digest(step.scheme, step.spec.shape, every)
+
+    def digests(self, steps: Sequence[Step]) -> dict[str, str]:
+        """Digests of finished tensors by name, in order."""
+        return {s.name: self.digest(s) for s in steps}
 
     def exact_share(self, step: Step) -> tuple[int, int]:
         """(blocks moved without loss, blocks) of a repacked tensor."""

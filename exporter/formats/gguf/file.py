@@ -64,13 +64,23 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
+def _strings(texts: Sequence[str]) -> bytes:
+    """All strings of an array; a released tokenizer has 650,000 of them."""
+    raw = [text.encode() for text in texts]
+    lengths = struct.pack(f"<{len(raw)}Q", *map(len, raw))
+    parts = [b""] * (2 * len(raw))
+    parts[0::2] = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
+    parts[1::2] = raw
+    return b"".join(parts)
+
+
 def _encode(value: Value) -> bytes:
     if value.type == STRING:
         return _string(value.value)
     if value.type == ARRAY:
         head = struct.pack("<IQ", value.item, len(value.value))
         if value.item == STRING:
-            return head + b"".join(map(_string, value.value))
+            return head + _strings(value.value)
         code = _FORMATS[value.item][1]
         return head + struct.pack(f"<{len(value.value)}{code}", *value.value)
     return struct.pack(_FORMATS[value.type], value.value)
