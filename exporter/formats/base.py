@@ -25,7 +25,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the numbers came from. `digest` is one SHA-256 over all tensor digests, in order."""
+    """Where the numbers came from. `digest` is one BLAKE3 over all tensor digests, in order."""
 
     exporter_version: str
     source_repo: str

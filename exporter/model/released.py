@@ -57,9 +57,9 @@ KNOWN_SHA256: dict[tuple[str, str], dict[str, str]] = {
 }
 
 
-def released_config(name: str) -> ModelConfig | None:
-    """Configuration of "openai/gpt-oss-20b", "gpt-oss-20b" or "20b" (and 120b); None for others."""
-    for repo, config in RELEASED.items():
+def released_repo(name: str) -> str | None:
+    """The Hub id that "openai/gpt-oss-20b", "gpt-oss-20b" or "20b" means (and 120b); None for others."""
+    for repo in RELEASED:
         if name in (repo, repo.split("/")[1], repo.rsplit("-", 1)[1]):
-            return config
+            return repo
     return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 import exporter
 from exporter.formats.base import Provenance
@@ -23,8 +24,8 @@ MARK = "known-when-every-tensor-is-written".center(64, "-")
 
 
 def total_digest(digests: Mapping[str, str]) -> str:
-    """One SHA-256 over the names and digests of all tensors, in order."""
-    return hashlib.sha256("".join(f"{n} {d}\n" for n, d in digests.items()).encode()).hexdigest()
+    """One BLAKE3 over the names and digests of all tensors, in order."""
+    return blake3("".join(f"{n} {d}\n" for n, d in digests.items()).encode()).hexdigest()
 
 
 def provenance(model: OpenedModel, artifact: ArtifactPlan, digests: Mapping[str, str] | None = None) -> Provenance:
@@ -56,6 +57,7 @@ def manifest(model: OpenedModel, artifact: ArtifactPlan, store: Store, facts: Pr
         },
         "files": {},
         "digest": facts.digest,
+        "digest_algorithm": "blake3",
         "tensors": {s.name: _tensor(artifact, store, facts, s.name) for s in artifact.steps},
     }
 

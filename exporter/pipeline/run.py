@@ -86,7 +86,7 @@ class Run:
         self.profile = self.plan.profile
         self.folder = request.out / self.model.name
         self.tokenizer = self._tokenizer()
-        cpus = len(os.sched_getaffinity(0))
+        cpus = usable_cpus()
         steps = [s for a in self.plan.artifacts for s in a.steps]
         self.workers = workers_for(steps, request.max_memory, cpus)
 
@@ -270,12 +270,19 @@ def _model_files(folder: Path, artifact: ArtifactPlan) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix == artifact.format.extension)
 
 
+def usable_cpus() -> int:
+    """Logical processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
 def _threads() -> int:
     """Threads for a runtime: the physical cores we may use, at most 8 (more spin at barriers)."""
     import psutil
 
     physical = psutil.cpu_count(logical=False) or 1
-    return max(1, min(physical, len(os.sched_getaffinity(0)), 8))
+    return max(1, min(physical, usable_cpus(), 8))
 
 
 def _device(name: str) -> str:

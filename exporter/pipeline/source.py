@@ -12,7 +12,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.checkpoint.hub import HubModel, HubSnapshot, LocalModel, fetch, list_files, parse_model
 from exporter.errors import BadCheckpoint
 from exporter.model import ModelConfig
-from exporter.model.released import released_config
+from exporter.model.released import RELEASED, released_repo
 from exporter.pipeline.plan import released_scheme
 from exporter.pipeline.progress import Progress
 from exporter.types import Scheme, TensorSpec
@@ -60,7 +60,7 @@ def model_name(model: LocalModel | HubModel) -> str:
 
 def open_model(text: str, progress: Progress) -> OpenedModel:
     """Open a folder, or fetch and check a Hub model and open that."""
-    model = parse_model(text)
+    model = _meant(text)
     if isinstance(model, LocalModel):
         return OpenedModel(model_name(model), open_checkpoint(model.path), {})
     snapshot = _fetch(model, progress)
@@ -71,7 +71,7 @@ def open_model(text: str, progress: Progress) -> OpenedModel:
 
 def local_folder(text: str, progress: Progress) -> Path:
     """The folder that `text` means, a Hub model fetched and checked; whatever it holds."""
-    model = parse_model(text)
+    model = _meant(text)
     return model.path if isinstance(model, LocalModel) else _fetch(model, progress).path
 
 
@@ -89,16 +89,20 @@ def _fetch(model: HubModel, progress: Progress) -> HubSnapshot:
     return snapshot
 
 
+def _meant(text: str) -> LocalModel | HubModel:
+    """A folder, a Hub id, or the short name of a released model."""
+    repo = None if Path(text).is_dir() else released_repo(text)
+    return HubModel(repo) if repo else parse_model(text)
+
+
 def outline_model(text: str) -> ModelOutline:
     """What `plan` and `fit` need: headers of a folder, or the configuration of a Hub model.
 
     The released models are known, so "openai/gpt-oss-20b", "gpt-oss-120b" or "20b" ask nobody.
     """
-    config = released_config(text)
-    if config is not None and not Path(text).is_dir():
-        name = text.rsplit("-", 1)[-1]
-        return ModelOutline(f"gpt-oss-{name}", config, released_scheme, "the released configuration")
-    model = parse_model(text)
+    model = _meant(text)
+    if isinstance(model, HubModel) and model.repo in RELEASED and model.revision is None:
+        return ModelOutline(model_name(model), RELEASED[model.repo], released_scheme, "the released configuration")
     if isinstance(model, LocalModel):
         with open_checkpoint(model.path) as checkpoint:
             schemes = {s.name: checkpoint.scheme(s.name) for s in checkpoint.specs}

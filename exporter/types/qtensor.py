@@ -7,13 +7,13 @@ work was cut, leaves can be made in parallel, and a difference can be named to t
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from exporter.types.scheme import Scheme
 
@@ -64,8 +64,8 @@ class QTensor:
         return (*self.data.shape[:-1], self.data.shape[-1] * 8 // self.scheme.bits)
 
     def leaf_digest(self) -> bytes:
-        """SHA-256 over codes, scales and zeros of this leaf, in that order, C-contiguous, little-endian."""
-        h = hashlib.sha256()
+        """BLAKE3 over codes, scales and zeros of this leaf, in that order, C-contiguous, little-endian."""
+        h = blake3()
         for part in (self.data, self.scales, self.zeros):
             if part is not None:
                 h.update(np.ascontiguousarray(part).data)
@@ -73,10 +73,10 @@ class QTensor:
 
 
 def tensor_digest(scheme: Scheme, shape: Sequence[int], leaf_digests: Sequence[bytes]) -> str:
-    """Digest of a whole tensor: SHA-256 over scheme name, shape and the digests of its leaves."""
+    """Digest of a whole tensor: BLAKE3 over scheme name, shape and the digests of its leaves."""
     if math.prod(shape) and len(leaf_digests) != len(leaves(shape)):
         raise ValueError(f"{len(leaf_digests)} leaf digests for shape {tuple(shape)}")
-    h = hashlib.sha256(f"{scheme.name} {'x'.join(map(str, shape))}\n".encode())
+    h = blake3(f"{scheme.name} {'x'.join(map(str, shape))}\n".encode())
     for d in leaf_digests:
         h.update(d)
     return h.hexdigest()

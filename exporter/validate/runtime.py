@@ -62,7 +62,7 @@ def prove_gguf(
     if not (np.array_equal(tokens, release.tokens) and np.array_equal(tokens, runtime.tokens)):
         raise ValueError("the references are of another text")
     if not path.is_file():
-        raise ExporterError(f"{path} is missing", hint="exporter export makes it again")
+        raise ExporterError(f"{path} is missing", hint="exporter quantize ... --overwrite makes it again")
     tokenizer = texts.load_tokenizer(tokenizer_file)
     pieces = texts.pieces(tokenizer, text)
     with tempfile.TemporaryDirectory(prefix="exporter-proof-") as folder:

@@ -6,7 +6,7 @@ from exporter.errors import Refused, UsageError
 from exporter.formats import get_format
 from exporter.model import parameter_count, released_bytes, tensor_specs
 from exporter.model.memory import fit, kv_bytes, largest_context
-from exporter.model.released import RELEASED, released_config
+from exporter.model.released import RELEASED, released_repo
 from exporter.pipeline.plan import leaf_memory, make_plan, released_scheme, require_fit, workers_for
 from exporter.pipeline.profiles import load_profile, profile_names
 
@@ -106,9 +106,9 @@ def test_workers_follow_from_memory():
 
 
 def test_names_of_the_released_models():
-    assert released_config("20b") is released_config("gpt-oss-20b") is B20
-    assert released_config("openai/gpt-oss-120b") is B120
-    assert released_config("someone/gpt-oss-20b") is None
+    assert released_repo("20b") == released_repo("gpt-oss-20b") == "openai/gpt-oss-20b"
+    assert released_repo("openai/gpt-oss-120b") == "openai/gpt-oss-120b"
+    assert released_repo("someone/gpt-oss-20b") is None
 
 
 def test_gguf_names_every_tensor_of_120b_once():

@@ -50,7 +50,7 @@ def _size_label(job: ExportJob) -> str:
 def _short(n: float) -> str:
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if n >= limit:
-            return f"{n / limit:.2g}{unit}"
+            return f"{n / limit:.1f}".removesuffix(".0") + unit
     return f"{n:.0f}"
 
 
