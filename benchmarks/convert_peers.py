@@ -1,7 +1,7 @@
 """Converting a checkpoint to GGUF, side by side: cp of the same bytes, exporter, llama.cpp's converter.
 
-    python scripts/make_synthetic.py --model 20b --layers 2 --out /tmp/syn
-    python benchmarks/convert_peers.py /tmp/syn --work /tmp/bench --peer /path/to/llama.cpp
+    python scripts/make_synthetic.py --model 20b --layers 2 --out syn
+    python benchmarks/convert_peers.py syn --work bench --peer ../llama.cpp
 
 Each run is a process of its own; wall seconds, CPU seconds and peak memory come from the kernel
 (wait4). The source is put out of the page cache before every run, the disk is quiet when it starts,

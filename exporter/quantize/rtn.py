@@ -12,7 +12,7 @@ from exporter.numerics.floats import F32, f32_to_bf16
 from exporter.types import QTensor, Scheme
 
 _DOCTOR = "exporter doctor names every damaged tensor"
-_CHUNK = 1 << 16  # numbers at a time: the masks stay in the L2 cache
+_CHUNK = 1 << 20  # numbers at a time
 # Exponent bits all set: infinity or NaN.
 _EXPONENT = {"bf16": (np.uint16, 0x7F80), "f16": (np.uint16, 0x7C00), "f32": (np.uint32, 0x7F800000)}
 

@@ -68,7 +68,7 @@ class QTensor:
         h = blake3()
         for part in (self.data, self.scales, self.zeros):
             if part is not None:
-                h.update(np.ascontiguousarray(part).data)
+                h.update(np.ascontiguousarray(part).view(np.uint8).data)
         return h.digest()
 
 

@@ -20,7 +20,7 @@ BLOCK = 32
 _LOW = np.uint64(0x0F0F0F0F0F0F0F0F)
 _HIGH = np.uint64(0xF0F0F0F0F0F0F0F0)
 _FOUR = np.uint64(4)
-_CHUNK = 8192  # blocks at a time: the intermediate arrays stay in the L2 cache
+_CHUNK = 65536  # blocks at a time: the intermediate arrays stay in the L2 cache
 
 
 @dataclass(frozen=True)
