@@ -6,6 +6,7 @@ threads need no lock, and resident memory stays at the leaf being read.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from exporter.errors import ExporterError
 from exporter.types import TensorRef
 from exporter.types.qtensor import U8
 
+_PIECE = 1 << 18  # bytes: well inside the L2 cache
+
 
 class OpenFiles:
     """The weight files of a checkpoint, opened once each and read by position. Thread-safe."""
@@ -29,10 +32,24 @@ class OpenFiles:
         self._sizes = dict(sizes)
         self._fds: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._local = threading.local()
 
     def read(self, path: Path, offset: int, nbytes: int) -> U8:
         """`nbytes` from `offset` on, uint8 [nbytes]. Raises ExporterError when they are not there."""
         out = np.empty(nbytes, np.uint8)
+        self.read_into(path, offset, out)
+        return out
+
+    def scratch(self, nbytes: int) -> U8:
+        """A buffer of this thread's own, valid until the thread asks again."""
+        held: U8 | None = getattr(self._local, "buffer", None)
+        if held is None or held.size < nbytes:
+            held = self._local.buffer = np.empty(nbytes, np.uint8)
+        return held[:nbytes]
+
+    def read_into(self, path: Path, offset: int, out: U8) -> None:
+        """Fill `out` from `offset` on. Raises ExporterError when the bytes are not there."""
+        nbytes = out.size
         buffer, done = out.data, 0
         fd = self._open(path)
         while done < nbytes:
@@ -50,7 +67,6 @@ class OpenFiles:
                     "restore the file, then run the same command again",
                 )
             done += got
-        return out
 
     def _open(self, path: Path) -> int:
         with self._lock:
@@ -133,10 +149,19 @@ class Every:
     step: int
 
     def read(self, files: OpenFiles, start: int, stop: int) -> U8:
-        words = _leading(files, self.ref, start, stop)[:, self.phase :: self.step]  # [e, N, ...]
-        if words.ndim > 3:
-            words = np.ascontiguousarray(words).reshape(*words.shape[:2], -1)
-        return _as_bytes(words)
+        """Piece by piece, so that what is dropped again stays in the cache."""
+        rows, row = self.ref.shape[1], self.ref.nbytes // math.prod(self.ref.shape[:2])
+        out = np.empty((stop - start, rows // self.step, row), np.uint8)
+        piece = max(self.step, _PIECE // row // self.step * self.step)
+        for i in range(start, stop):
+            for first in range(0, rows, piece):
+                n = min(piece, rows - first)
+                raw = files.scratch(n * row)
+                files.read_into(self.ref.path, self.ref.offset + (i * rows + first) * row, raw)
+                kept = raw.reshape(n, row)[self.phase :: self.step]
+                out[i - start, first // self.step : (first + n) // self.step] = kept
+        # [e, N, bytes of a row]; where axes follow the second, they are one row.
+        return out if len(self.ref.shape) > 2 else out.reshape(stop - start, -1)
 
     def refs(self) -> tuple[TensorRef, ...]:
         return (self.ref,)

@@ -31,7 +31,7 @@ from exporter.pipeline.manifest import MARK, total_digest
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import obtain, tasks
 from exporter.pipeline.store import Source, Store
-from exporter.types import leaves
+from exporter.types import leaf_range
 from exporter.types.recipe import Step
 
 JOURNAL = "export.jsonl"
@@ -159,7 +159,7 @@ def _places(
 def _export_leaf(
     fmt: Format, step: Step, leaf: int, place: Place, store: Store, source: Source, partial: _Partial
 ) -> int:
-    start, stop = leaves(step.spec.shape)[leaf]
+    start, stop = leaf_range(step.spec.shape, leaf)
     offset, nbytes = place.offset + start * place.stride, (stop - start) * place.stride
     if (step.name, leaf) in partial.written and store.has(step, leaf):
         raw = np.frombuffer(os.pread(place.descriptor, nbytes, offset), np.uint8)

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 def each(tasks: Iterable[T], work: Callable[[T], None], workers: int) -> None:
-    """Call `work` on every task, at most `workers` at once; the first error stops the rest.
+    """Call `work` on every task, at most `workers` at once, in order; the first error stops the rest.
 
-    Threads, because numpy, hashing and file I/O all release the interpreter lock. At most twice as many
-    tasks as workers are in flight, so that memory stays flat. With one worker it is a plain loop.
+    Threads, because numpy, hashing and file I/O all release the interpreter lock. Each takes the next
+    task when it is free, so memory stays flat and files are read front to back. With one worker it is a
+    plain loop.
     """
     if workers <= 1:
         for task in tasks:
             work(task)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="leaf")
-    running: set[Future[None]] = set()
+    queue, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        while not stop.is_set():
+            with lock:
+                task = next(queue, stop)
+            if isinstance(task, threading.Event):
+                return
+            try:
+                work(task)
+            except BaseException as e:
+                errors.append(e)
+                stop.set()
+
+    threads = [threading.Thread(target=run, name=f"leaf-{i}", daemon=True) for i in range(workers)]
+    for thread in threads:
+        thread.start()
     try:
-        for task in tasks:
-            if len(running) >= 2 * workers:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-            running.add(pool.submit(work, task))
-        for future in running:
-            future.result()
+        for thread in threads:
+            thread.join()
     finally:
-        # Queued leaves are dropped; those under way end on their own, so files stay consistent.
-        pool.shutdown(wait=True, cancel_futures=True)
+        # Interrupted: leaves under way end on their own, so files stay consistent.
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]

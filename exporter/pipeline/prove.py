@@ -23,7 +23,7 @@ from exporter.pipeline.files import write_whole
 from exporter.pipeline.plan import ArtifactPlan
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.source import OpenedModel
-from exporter.types import leaves, tensor_digest
+from exporter.types import leaf_count, leaf_range, tensor_digest
 from exporter.types.profile import Profile
 from exporter.types.recipe import Step
 from exporter.validate import gates, llama_cpp, text
@@ -43,7 +43,7 @@ def check_digests(
     """Open the artifact, unpack every tensor and compare its digest with the manifest's."""
     located = fmt.locate(folder, steps)
     progress.stage("digests", sum(p.nbytes for p in located.values()))
-    digests: dict[str, list[bytes]] = {s.name: [b""] * len(leaves(s.spec.shape)) for s in steps}
+    digests: dict[str, list[bytes]] = {s.name: [b""] * leaf_count(s.spec.shape) for s in steps}
     descriptors = {path: os.open(path, os.O_RDONLY) for path in {p.path for p in located.values()}}
     damaged: dict[str, str] = {}
     lock = threading.Lock()
@@ -59,7 +59,7 @@ def check_digests(
                 damaged[step.name] = str(e)
 
     try:
-        parallel.each(((s, i) for s in steps for i in range(len(leaves(s.spec.shape)))), work, workers)
+        parallel.each(((s, i) for s in steps for i in range(leaf_count(s.spec.shape))), work, workers)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -73,7 +73,7 @@ def check_digests(
 
 
 def _read_leaf(descriptors: Mapping[Path, int], place: Located, step: Step, leaf: int) -> np.ndarray[Any, Any]:
-    start, stop = leaves(step.spec.shape)[leaf]
+    start, stop = leaf_range(step.spec.shape, leaf)
     stride = place.nbytes // step.spec.shape[0]
     raw = os.pread(descriptors[place.path], (stop - start) * stride, place.offset + start * stride)
     if len(raw) != (stop - start) * stride:

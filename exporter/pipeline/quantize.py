@@ -8,7 +8,7 @@ from exporter.pipeline import leaves as parallel
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.store import Source, Store
 from exporter.quantize.rtn import repack, require_finite, round_to
-from exporter.types import QTensor, leaves
+from exporter.types import QTensor, leaf_count, leaf_range
 from exporter.types.recipe import Step
 
 
@@ -18,7 +18,7 @@ def quantize(store: Store, steps: Sequence[Step], source: Source, workers: int, 
 
     def work(task: tuple[Step, int]) -> None:
         step, leaf = task
-        start, stop = leaves(step.spec.shape)[leaf]
+        start, stop = leaf_range(step.spec.shape, leaf)
         if not store.has(step, leaf):
             obtain(store, step, leaf, source)
         progress.advance(step.stored_bytes * (stop - start) // step.spec.shape[0], step.name)
@@ -31,7 +31,7 @@ def quantize(store: Store, steps: Sequence[Step], source: Source, workers: int, 
 def tasks(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:
     """Every leaf of every step, in order."""
     for step in steps:
-        for leaf in range(len(leaves(step.spec.shape))):
+        for leaf in range(leaf_count(step.spec.shape)):
             yield step, leaf
 
 
@@ -39,7 +39,7 @@ def obtain(store: Store, step: Step, leaf: int, source: Source) -> QTensor:
     """The final numbers of one leaf: from the store, or made now and committed to it."""
     if store.has(step, leaf):
         return store.read(step, leaf)
-    q = source(step.name, *leaves(step.spec.shape)[leaf])
+    q = source(step.name, *leaf_range(step.spec.shape, leaf))
     exact = None
     if step.method == "repack":
         made = repack(q, step.scheme)

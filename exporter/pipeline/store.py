@@ -25,7 +25,7 @@ import numpy as np
 
 from exporter.errors import ExporterError
 from exporter.pipeline.files import flushing, reserve, write_all, write_at, write_whole
-from exporter.types import QTensor, leaves, tensor_digest
+from exporter.types import QTensor, leaf_count, leaf_range, tensor_digest
 from exporter.types.recipe import Step
 
 Source = Callable[[str, int, int], QTensor]
@@ -113,7 +113,7 @@ class Store:
     def read(self, step: Step, leaf: int) -> QTensor:
         """A finished leaf, from the checkpoint or from `data.bin`."""
         if step.by_reference:
-            return self._source(step.name, *leaves(step.spec.shape)[leaf])
+            return self._source(step.name, *leaf_range(step.spec.shape, leaf))
         return self._read_data(step, leaf)
 
     def leaf_digest(self, step: Step, leaf: int) -> bytes:
@@ -122,7 +122,7 @@ class Store:
 
     def digest(self, step: Step) -> str:
         """The tensor's digest; see `types.tensor_digest`."""
-        every = [self.leaf_digest(step, i) for i in range(len(leaves(step.spec.shape)))]
+        every = [self.leaf_digest(step, i) for i in range(leaf_count(step.spec.shape))]
         return tensor_digest(step.scheme, step.spec.shape, every)
 
     def digests(self, steps: Sequence[Step]) -> dict[str, str]:
@@ -131,17 +131,17 @@ class Store:
 
     def exact_share(self, step: Step) -> tuple[int, int]:
         """(blocks moved without loss, blocks) of a repacked tensor."""
-        facts = [self._facts[step.name, i] for i in range(len(leaves(step.spec.shape)))]
+        facts = [self._facts[step.name, i] for i in range(leaf_count(step.spec.shape))]
         return sum(f[0] for f in facts), sum(f[1] for f in facts)
 
     def _offset(self, step: Step, leaf: int) -> int:
-        start = leaves(step.spec.shape)[leaf][0]
+        start = leaf_range(step.spec.shape, leaf)[0]
         rows = start * int(np.prod(step.spec.shape[1:-1], dtype=np.int64)) if len(step.spec.shape) > 1 else 0
         return self._offsets[step.name] + rows * step.scheme.row_bytes(step.spec.shape[-1])
 
     def _read_data(self, step: Step, leaf: int) -> QTensor:
         scheme, k = step.scheme, step.spec.shape[-1]
-        start, stop = leaves(step.spec.shape)[leaf]
+        start, stop = leaf_range(step.spec.shape, leaf)
         lead = (stop - start, *step.spec.shape[1:-1]) if len(step.spec.shape) > 1 else ()
         rows = int(np.prod(lead, dtype=np.int64))
         raw = os.pread(self._data, rows * scheme.row_bytes(k), self._offset(step, leaf))

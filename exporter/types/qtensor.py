@@ -19,13 +19,13 @@ from exporter.types.scheme import Scheme
 
 U8 = npt.NDArray[np.uint8]
 
-_LEAF_ELEMENTS = 1 << 20
+_LEAF_ELEMENTS = 1 << 19
 
 
 def leaf_rows(shape: Sequence[int]) -> int:
     """How many indices of the leading axis make one leaf of a tensor of this shape.
 
-    One expert for [E, N, K]; about 1 Mi numbers for [N, K]; everything for a vector.
+    One expert for [E, N, K]; about half a million numbers for [N, K]; everything for a vector.
     """
     if len(shape) >= 3:
         return 1
@@ -34,10 +34,20 @@ def leaf_rows(shape: Sequence[int]) -> int:
     return max(1, shape[0]) if shape else 1
 
 
+def leaf_count(shape: Sequence[int]) -> int:
+    """How many leaves a tensor of this shape has."""
+    return -(-shape[0] // leaf_rows(shape))
+
+
+def leaf_range(shape: Sequence[int], leaf: int) -> tuple[int, int]:
+    """The [start, stop) range of the leading axis that a leaf covers."""
+    step = leaf_rows(shape)
+    return leaf * step, min((leaf + 1) * step, shape[0])
+
+
 def leaves(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """The [start, stop) ranges of the leading axis, in order."""
-    n, step = shape[0], leaf_rows(shape)
-    return [(i, min(i + step, n)) for i in range(0, n, step)]
+    """The ranges of all leaves, in order."""
+    return [leaf_range(shape, i) for i in range(leaf_count(shape))]
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class QTensor:
 
 def tensor_digest(scheme: Scheme, shape: Sequence[int], leaf_digests: Sequence[bytes]) -> str:
     """Digest of a whole tensor: BLAKE3 over scheme name, shape and the digests of its leaves."""
-    if math.prod(shape) and len(leaf_digests) != len(leaves(shape)):
+    if math.prod(shape) and len(leaf_digests) != leaf_count(shape):
         raise ValueError(f"{len(leaf_digests)} leaf digests for shape {tuple(shape)}")
     h = blake3(f"{scheme.name} {'x'.join(map(str, shape))}\n".encode())
     for d in leaf_digests:

@@ -85,7 +85,9 @@ def standard_library(part: Part = "held-out", root: Path | None = None) -> Text:
         if content.strip() and (int(key[0], 16) < 4) == (part == "held-out"):
             found.append((key, content))
     if not found:
-        raise ExporterError(f"{base} holds no Python sources to measure on", hint="install the standard library with its sources")
+        raise ExporterError(
+            f"{base} holds no Python sources to measure on", hint="install the standard library with its sources"
+        )
     version = sysconfig.get_python_version()
     source = f"standard library of Python {version}, {part} files"
     return Text(tuple(content for _, content in sorted(found)), source)

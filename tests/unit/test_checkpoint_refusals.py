@@ -31,7 +31,7 @@ SAYS = {
     "truncated header": r"model-00001-of-00002\.safetensors: its header claims [\d,]+ bytes, the file has 900",
     "missing shard": r"shards named by .*index\.json are missing: model-00001-of-00002\.safetensors",
     "index leaves the folder": r'lm_head\.weight is said to lie in "\.\./model\.safetensors"',
-    "index is absolute": r'said to lie in "/tmp/model\.safetensors"',
+    "index is absolute": r'said to lie in "/etc/model\.safetensors"',
     "index leaves by a detour": r'said to lie in "a/\.\./\.\./model\.safetensors"',
     "index does not list": r"does not list tensors that the shards hold: lm_head\.weight",
     "index names another file type": r'said to lie in "config\.json"',
