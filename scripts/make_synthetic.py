@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.model.config import ModelConfig
-from exporter.model.released import released_config
+from exporter.model.released import RELEASED
 from exporter.model.tensors import parameter_count, released_bytes
 from exporter.numerics.e2m1 import MAGNITUDES
 from exporter.numerics.floats import f32_to_bf16
@@ -289,8 +289,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     args = parser.parse_args()
-    config = released_config(args.model)
-    assert config is not None
+    config = RELEASED[f"openai/gpt-oss-{args.model}"]
     layers, vocab = args.layers or config.num_hidden_layers, args.vocab or config.vocab_size
     if not 1 <= layers <= config.num_hidden_layers or vocab < SPECIALS + 256:
         parser.error(f"--layers is 1 to {config.num_hidden_layers}, --vocab at least {SPECIALS + 256}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,14 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _parsed(path: Path, _stamp: tuple[int, int]) -> dict[str, Any]:
-    return read_json(path, TOKENIZER_CAP)
+    # A released tokenizer is a million small objects that live to the end. Looking for cycles among
+    # them while they are made, and ever after, takes longer than reading it.
+    gc.disable()
+    try:
+        return read_json(path, TOKENIZER_CAP)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from typing import Any
@@ -79,9 +78,6 @@ def main(argv: list[str] | None = None) -> None:
     """The entry point: run a command, turn every failure into a line and an exit code."""
     from exporter.cli.failures import guarded
 
-    # A released tokenizer is a million small objects that live to the end: looking for cycles among
-    # them again and again takes longer than reading it.
-    gc.set_threshold(200_000, 50, 1000)
     arguments: list[str] = sys.argv[1:] if argv is None else argv
     sys.exit(guarded(lambda: _invoke(arguments), as_json="--json" in arguments))
 

@@ -60,10 +60,15 @@ def say(line: str = "") -> None:
 
 def peak_rss() -> int:
     """The most memory this process has held, bytes."""
-    import resource
+    try:
+        # ru_maxrss survives exec on Linux: it would count whatever started us.
+        with open("/proc/self/status", encoding="ascii") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def progress(quiet: bool = False) -> Progress:

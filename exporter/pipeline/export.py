@@ -115,7 +115,7 @@ def export(
     partial = _Partial(folder.with_name(folder.name + ".partial"), layouts)
     try:
         places = _places(fmt, job.steps, layouts, partial.descriptors)
-        progress.stage(f"export {fmt.name}", sum(fmt.target(s).nbytes for s in job.steps))
+        progress.stage(f"quantize, export {fmt.name}", sum(fmt.target(s).nbytes for s in job.steps))
 
         def work(task: tuple[Step, int]) -> None:
             step, leaf = task

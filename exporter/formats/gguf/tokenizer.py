@@ -75,11 +75,6 @@ def _tables(tokenizer: Mapping[str, Any], vocab_size: int) -> tuple[list[str], l
     return tokens, types
 
 
-def _merge(merge: Any) -> str:
-    """A merge as GGUF writes it: the two parts with one space between (they contain none themselves)."""
-    return merge if isinstance(merge, str) else " ".join(merge)
-
-
 def tokenizer_keys(
     tokenizer: Mapping[str, Any],
     tokenizer_config: Mapping[str, Any],
@@ -92,7 +87,8 @@ def tokenizer_keys(
     `special_ids`: "bos", "eos", "padding" -> id, left out where None.
     """
     tokens, types = _tables(tokenizer, vocab_size)
-    merges = [_merge(m) for m in tokenizer["model"].get("merges", [])]
+    # "a b": the two parts, which hold no space themselves; tokenizer.json has them so, or as pairs.
+    merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"].get("merges", [])]
     keys = {
         "tokenizer.ggml.model": Value(STRING, "gpt2"),
         "tokenizer.ggml.pre": Value(STRING, pre_tokenizer_name(tokenizer) or ""),
