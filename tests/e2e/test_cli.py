@@ -113,7 +113,7 @@ def test_progress_where_a_person_looks(tmp_path):
     code, out, shown = in_terminal("quantize", "-p", "16gb", DEMO, "--until", "export", "--out", tmp_path)
     assert code == 0
     assert out.startswith("gguf-mxfp4-q8  exported")
-    for words in ("quantize", "export gguf", "peak", "MB of"):
+    for words in ("quantize", "export gguf", "peak", " of 5.86 MB"):
         assert words in shown
 
 
