@@ -1,0 +1,74 @@
+"""The main job on a Hub id: the real command and the real client against a Hub on loopback."""
+
+import json
+
+import pytest
+
+from tests.conftest import run_exporter
+from tests.hub_demo import DECOYS, FILES, SHARDS
+from tests.loopback_hub import Flip, LoopbackHub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with LoopbackHub() as running:
+        running.repo("demo/tiny", {**FILES, **DECOYS})
+        yield running
+
+
+@pytest.fixture
+def quantize(hub, tmp_path):
+    """`exporter quantize demo/tiny` with a cache of its own."""
+    env = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+
+    def run(model="demo/tiny", until="export"):
+        return run_exporter(
+            "quantize", "-p", "16gb", model, "--out", tmp_path / "out", "--until", until, "--json", env=env
+        )
+
+    return run
+
+
+def test_a_hub_id_goes_the_same_way_as_a_folder(hub, quantize, demo_run, tmp_path):
+    done = quantize()
+    assert done.code == 0, done.err
+    manifest = json.loads(next((tmp_path / "out").rglob("manifest.json")).read_text())
+    local = json.loads((demo_run.folder / "manifest.json").read_text())
+    assert {n: t["digest"] for n, t in manifest["tensors"].items()} == {
+        n: t["digest"] for n, t in local["tensors"].items()
+    }
+    assert manifest["source"]["repo"] == "demo/tiny"
+    assert len(manifest["source"]["revision"]) == 40
+    asked = " ".join(r.path for r in hub.requests)
+    for decoy in ("original/", "metal/", "pytorch_model.bin", "extra.safetensors"):
+        assert f"/{decoy}" not in asked.replace("/tree/", "/")
+
+
+def test_a_wrong_byte_of_the_right_length_is_caught_and_cured(hub, quantize, tmp_path):
+    hub.inject("GET", "/_cdn/", Flip(5000))
+    done = quantize()
+    assert done.code == 1
+    assert any(shard in done.json["message"] for shard in SHARDS)
+    assert not list((tmp_path / "out").rglob("*.gguf"))
+    assert quantize().code == 0
+
+
+def test_a_finished_artifact_is_not_made_again(hub, quantize, tmp_path):
+    assert quantize().code == 0
+    before = next((tmp_path / "out").rglob("*.gguf")).stat().st_mtime_ns
+    asked = len(hub.requests)
+    assert quantize().code == 0
+    assert next((tmp_path / "out").rglob("*.gguf")).stat().st_mtime_ns == before
+    assert len(hub.requests) - asked < 5  # the revision, not the files
+
+
+def test_a_repository_that_is_not_there(quantize):
+    done = quantize("demo/absent")
+    assert done.code == 2
+    assert "demo/absent" in done.json["message"]
