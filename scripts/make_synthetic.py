@@ -1,6 +1,6 @@
 """Write a checkpoint with the shapes, layout and tokenizer size of released gpt-oss, of made-up numbers.
 
-    python scripts/make_synthetic.py --model 20b --layers 2 --out /tmp/gpt-oss-20b-2
+    python scripts/make_synthetic.py --model 20b --layers 2 --out gpt-oss-20b-2
 
 Its use is measuring: 13.8 GB (20b) or 3.3 GB (20b with two layers) in the released tensor names,
 dtypes and sharding, without a download. Numbers have plausible sizes and come from a seed; they

@@ -155,7 +155,7 @@ def test_a_planted_path_is_found(folder):
     assert MACHINE_PATH.search(f'"/{folder}"')
 
 
-@pytest.mark.parametrize("text", ["/tmp/syn", "/etc/passwd", "https://example.org/home/x", "docs/work/x", "a/root/b"])
+@pytest.mark.parametrize("text", ["/var/syn", "/etc/passwd", "https://example.org/home/x", "docs/work/x", "a/root/b"])
 def test_examples_and_relative_paths_are_not(text):
     assert not MACHINE_PATH.search(text)
 

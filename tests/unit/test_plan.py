@@ -63,6 +63,16 @@ def test_20b_on_16_gb():
     assert not fit(B20, artifact.nbytes, load_profile("16gb").hardware, 131072).fits
 
 
+@pytest.mark.parametrize(
+    ("context", "kv_mib", "compute_mib"), [(8192, 210, 429.65), (32768, 786, 453.65), (131072, 3090, 549.65)]
+)
+def test_buffers_are_those_of_llama_cpp(context, kv_mib, compute_mib):
+    """What llama.cpp's log says of a file of 20b's shapes (xllamacpp 2026.10.11549, CPU, ubatch 512)."""
+    found = fit(B20, 0, load_profile("16gb").hardware, context)
+    assert (found.kv_full + found.kv_sliding) / 2**20 == kv_mib
+    assert (found.logits + found.scratch) / 2**20 == pytest.approx(compute_mib, abs=0.1)
+
+
 def test_the_largest_context_is_the_last_that_fits():
     hardware = load_profile("16gb").hardware
     best = largest_context(B20, 12_096_558_336, hardware)
