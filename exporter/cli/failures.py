@@ -41,6 +41,10 @@ def guarded(call: Callable[[], Any], as_json: bool) -> int:
     except MemoryError:
         _debug()
         return _report("out of memory", "--max-memory makes the pieces smaller", 1, as_json)
+    except Exception as e:
+        _debug()
+        what = f"internal error: {type(e).__name__}: {e}".splitlines()[0][:300]
+        return _report(what, "EXPORTER_DEBUG=1 shows where; please report it", 1, as_json)
 
 
 def _of_system(e: OSError) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from exporter.cli.output import print_json, print_table
 @options.recipe
 @options.context
 @options.as_json
-def command(model: str | None, profile: str, recipe: str | None, context: int | None, as_json: bool) -> None:
+def command(model: str | None, profile: str, recipe: str | None, context: int | None, as_json: bool) -> int:
     """Show whether a model fits a device, byte by byte.
 
     MODEL is a folder, a Hub id, "20b" or "120b"; without it, the profile's own. Weights, KV cache
@@ -29,8 +29,7 @@ def command(model: str | None, profile: str, recipe: str | None, context: int | 
     from dataclasses import asdict
 
     from exporter.cli.plan import fit_rows
-    from exporter.errors import Refused
-    from exporter.pipeline.plan import make_plan
+    from exporter.pipeline.plan import make_plan, misfit
     from exporter.pipeline.profiles import load_profile
     from exporter.pipeline.source import outline_model
 
@@ -53,7 +52,9 @@ def command(model: str | None, profile: str, recipe: str | None, context: int | 
         for a in plan.artifacts:
             title = f"{a.label} of {plan.model_name} on {plan.profile.title}"
             print_table(("memory", "bytes"), fit_rows(a.fit, a.largest_context), title, right=(1,))
-    if not all(a.fit.fits for a in plan.artifacts):
-        best = max(a.largest_context for a in plan.artifacts)
-        hint = f"--context {best} fits" if best else "take a larger --profile"
-        raise Refused(f"{plan.model_name} does not fit {plan.profile.name} at this context", hint=hint)
+    refused = misfit(plan)
+    if refused is None:
+        return 0
+    if not as_json:
+        raise refused
+    return refused.exit_code

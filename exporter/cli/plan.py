@@ -25,7 +25,7 @@ def command(
     recipe: str | None,
     context: int | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Show what a profile would make, and what it weighs.
 
     MODEL is a folder or a Hub id; without it, the profile's own. No weight is read, so this works
@@ -36,14 +36,14 @@ def command(
       exporter plan --profile 16gb openai/gpt-oss-20b
       exporter plan --profile 80gb --context 65536
     """
-    show_plan(model, profile, formats, recipe, context, as_json)
+    return show_plan(model, profile, formats, recipe, context, as_json)
 
 
 def show_plan(
     model: str | None, profile: str, formats: tuple[str, ...], recipe: str | None, context: int | None, as_json: bool
-) -> None:
-    """Print the plan; Refused (exit 4) at the end when it cannot work."""
-    from exporter.pipeline.plan import make_plan, require_fit
+) -> int:
+    """Print the plan; exit code 4 when it cannot work, with the reason in the one JSON object or as the error."""
+    from exporter.pipeline.plan import make_plan, misfit
     from exporter.pipeline.profiles import load_profile
     from exporter.pipeline.source import outline_model
 
@@ -52,14 +52,19 @@ def show_plan(
     plan = make_plan(
         outline.name, outline.config, outline.scheme_of, loaded, formats=formats, recipe=recipe, context=context
     )
+    refused = misfit(plan)
     if as_json:
-        print_json({**plan_json(plan), "source": outline.source})
+        print_json({**plan_json(plan), "source": outline.source, "refused": refused.message if refused else None})
     else:
         say(f"{plan.model_name} ({outline.source}) for {plan.profile.name}: {plan.profile.title}")
         for artifact in plan.artifacts:
             _show(artifact)
         say(f"disk: {format_size(plan.store_bytes() + sum(a.nbytes for a in plan.artifacts))}")
-    require_fit(plan)
+    if refused is None:
+        return 0
+    if not as_json:
+        raise refused
+    return refused.exit_code
 
 
 def plan_json(plan: Any) -> dict[str, Any]:

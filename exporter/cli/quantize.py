@@ -13,6 +13,7 @@ from exporter.cli import options
 from exporter.cli.output import peak_rss, print_json, print_table, progress, say
 from exporter.types.sizes import format_size
 
+# Those of pipeline.run, which is not imported for --help.
 STAGES = ("plan", "quantize", "export", "validate")
 
 
@@ -67,10 +68,9 @@ def command(
     if dry_run or until == "plan":
         from exporter.cli.plan import show_plan
 
-        show_plan(model, profile, formats, recipe, context, as_json)
-        return 0
+        return show_plan(model, profile, formats, recipe, context, as_json)
     from exporter.pipeline.profiles import load_profile
-    from exporter.pipeline.run import Run, RunRequest
+    from exporter.pipeline.run import RunRequest
 
     request = RunRequest(
         model=model or load_profile(profile).model,
@@ -84,23 +84,24 @@ def command(
         context=context,
         overwrite=overwrite,
     )
+    return _run(request, quiet, as_json)
+
+
+def _run(request: Any, quiet: bool, as_json: bool) -> int:
+    """Do the job and answer; 3 when a gate failed."""
+    from exporter.pipeline.run import Run
+
     # A job scheduler's polite stop is an interruption like any other.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     result = Run(request, progress(quiet or as_json)).run()
     rows = [_row(a) for a in result.artifacts]
+    seconds = time.monotonic() - started
     if as_json:
-        print_json(
-            {
-                "model": result.plan.model_name,
-                "profile": result.plan.profile.name,
-                "artifacts": rows,
-                "peak_rss_bytes": peak_rss(),
-                "seconds": round(time.monotonic() - started, 3),
-            }
-        )
+        answer = {"model": result.plan.model_name, "profile": result.plan.profile.name, "artifacts": rows}
+        print_json({**answer, "peak_rss_bytes": peak_rss(), "seconds": round(seconds, 3)})
     else:
-        _show(result.plan, rows, time.monotonic() - started)
+        _show(result.plan, rows, seconds)
     return 3 if any(row["status"] == "gate failed" for row in rows) else 0
 
 

@@ -7,6 +7,7 @@ from it: a hostile `num_hidden_layers` of 4e8 hangs transformers' AutoConfig.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ _CAPS = {
     "num_experts_per_tok": 4096,
     "original_max_position_embeddings": 1 << 26,
 }
+
+
+_YARN_KEYS = ("factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings")
+_ROPE_KEYS = frozenset(("rope_type", "type", "rope_theta", *_YARN_KEYS))
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,9 @@ class _Reader:
         value = self.raw.get(key)
         if isinstance(value, list) and value:
             value = value[0]
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _CAPS["vocab_size"]:
+            return value
+        return None
 
     def layer_types(self, layers: int) -> tuple[str, ...]:
         value = self.raw.get("layer_types")
@@ -218,6 +225,7 @@ class _Reader:
         new, old = self.raw.get("rope_parameters"), self.raw.get("rope_scaling")
         if not isinstance(new or {}, dict) or not isinstance(old or {}, dict):
             raise self.fail("rope_scaling", "is not an object")
+        self.check_rope_keys({**(old or {}), **(new or {})})
         merged: dict[str, Any] = {**self.raw, **(old or {}), **(new or {})}
         read = _Reader(merged, self.where)
         kind = merged.get("rope_type", merged.get("type", "default"))
@@ -237,3 +245,16 @@ class _Reader:
             ),
             truncate=bool(merged.get("truncate", True)),
         )
+
+    def check_rope_keys(self, rope: Mapping[str, Any]) -> None:
+        """Refuse what would change the rotation and that no runtime of ours computes."""
+        factor = rope.get("factor")
+        ours = 0.1 * math.log(factor) + 1 if isinstance(factor, int | float) and factor > 1 else 1.0
+        for key, value in rope.items():
+            if key in _ROPE_KEYS or value is None:
+                continue
+            if key == "attention_factor" and isinstance(value, int | float) and abs(value - ours) < 1e-6:
+                continue
+            if key == "partial_rotary_factor" and value == 1:
+                continue
+            raise self.fail(f"rope_scaling.{key}", f"is {str(value)[:40]!r}, which gpt-oss does not have")

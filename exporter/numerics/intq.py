@@ -21,7 +21,7 @@ _CHUNK = 4096  # groups at a time: the intermediate arrays stay in the L2 cache
 def quantize(values: F32, scheme: Scheme) -> tuple[U8, npt.NDArray[np.float16]]:
     """Round float32 [..., K] to symmetric integers: packed codes and float16 scales [..., K/group].
 
-    scale = f16(amax / (2^(bits-1) - 1)), codes = round-half-even(value / scale) + zero. A group
+    scale = f16(amax / (2^(bits-1) - 1)), codes = round-half-even(value / scale) + zero, in float32. A group
     whose scale rounds to zero (amax under 2^-25 or so) becomes exact zeros with scale 0, as in
     ggml's quantize_row_q8_0. Raises ValueError for NaN, infinity or a scale beyond float16.
     """
@@ -39,8 +39,8 @@ def quantize(values: F32, scheme: Scheme) -> tuple[U8, npt.NDArray[np.float16]]:
             raise ValueError(f"magnitude {float(amax.max()):g} needs a scale beyond float16")
         scales[i : i + _CHUNK] = amax / top
         wide = scales[i : i + _CHUNK].astype(np.float32)
-        inverse = np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide > 0)
-        scaled = part * inverse[:, None]
+        # A true division: times the reciprocal is another code where a value lies between two.
+        scaled = part / np.where(wide > 0, wide, np.float32(np.inf))[:, None]
         np.rint(scaled, out=scaled)
         # f16 rounding of the scale can push amax past the top code.
         np.clip(scaled, -top, top, out=scaled)

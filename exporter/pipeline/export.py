@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ import numpy as np
 from exporter.errors import ExporterError
 from exporter.formats.base import ExportJob, FileLayout, Format
 from exporter.pipeline import leaves as parallel
-from exporter.pipeline.files import flushing, reserve, sync_folder, write_all, write_at, write_whole
+from exporter.pipeline.files import flushing, reserve, sync_folder, write_at, write_whole
+from exporter.pipeline.journal import Journal
 from exporter.pipeline.manifest import MARK, total_digest
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import obtain, tasks
@@ -52,21 +52,18 @@ class _Partial:
     def __init__(self, folder: Path, layouts: Sequence[FileLayout]) -> None:
         self.folder = folder
         # The journal begins with what was laid out; another layout starts afresh.
-        self._plan = hashlib.sha256(b"".join(layout.head for layout in layouts)).hexdigest()
-        self._lock = threading.Lock()
-        self.written: set[tuple[str, int]] = set()
+        self._plan = layout_key(layouts)
         resumed = self._resumable(layouts)
         if not resumed and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.descriptors = [os.open(folder / each.filename, os.O_RDWR | os.O_CREAT, 0o644) for each in layouts]
-        self._journal = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._journal = Journal(folder / JOURNAL)
         for descriptor, layout in zip(self.descriptors, layouts, strict=True):
             reserve(descriptor, layout.size)
-        if resumed:
-            self._load_journal()
-        else:
-            write_all(self._journal, json.dumps({"plan": self._plan}).encode() + b"\n")
+        if not resumed:
+            self._journal.append({"plan": self._plan})
+        self.written = {(r["tensor"], r["leaf"]) for r in self._journal.records if "leaf" in r}
 
     def _resumable(self, layouts: Sequence[FileLayout]) -> bool:
         try:
@@ -76,12 +73,6 @@ class _Partial:
         except (OSError, ValueError):
             return False
 
-    def _load_journal(self) -> None:
-        raw = (self.folder / JOURNAL).read_bytes()
-        end = raw.rfind(b"\n") + 1
-        os.ftruncate(self._journal, end)
-        self.written = {(r["tensor"], r["leaf"]) for r in map(json.loads, raw[:end].splitlines()[1:])}
-
     def stamp(self, layouts: Sequence[FileLayout], digests: Sequence[str]) -> None:
         """Write the heads, every mark replaced by the digest it stands for."""
         for descriptor, layout in zip(self.descriptors, layouts, strict=True):
@@ -89,19 +80,19 @@ class _Partial:
             os.fsync(descriptor)
 
     def commit(self, name: str, leaf: int) -> None:
-        line = json.dumps({"tensor": name, "leaf": leaf}).encode() + b"\n"
-        with self._lock:
-            write_all(self._journal, line)
+        self._journal.append({"tensor": name, "leaf": leaf})
 
     def release(self) -> None:
-        for descriptor in (*self.descriptors, self._journal):
+        for descriptor in self.descriptors:
             os.close(descriptor)
+        self._journal.close()
 
 
 def export(
     folder: Path,
     fmt: Format,
     job: ExportJob,
+    layouts: Sequence[FileLayout],
     store: Store,
     source: Source,
     workers: int,
@@ -109,9 +100,9 @@ def export(
 ) -> Path:
     """Write every file of the artifact into `<folder>.partial` and return that path. Resumes.
 
-    `job.provenance` carries marks for digests (`manifest.MARK`): the store need not be complete.
+    `layouts` are of a job whose provenance carries marks for digests (`manifest.MARK`): the store need
+    not be complete.
     """
-    layouts = fmt.layout(job)
     partial = _Partial(folder.with_name(folder.name + ".partial"), layouts)
     try:
         places = _places(fmt, job.steps, layouts, partial.descriptors)
@@ -130,6 +121,14 @@ def export(
     finally:
         partial.release()
     return partial.folder
+
+
+def layout_key(layouts: Sequence[FileLayout]) -> str:
+    """Names everything about an artifact but its numbers: names, sizes, metadata, tokenizer, order."""
+    h = hashlib.sha256()
+    for layout in layouts:
+        h.update(f"{layout.filename} {layout.size}\n".encode() + layout.head)
+    return h.hexdigest()
 
 
 def stamped(head: bytes, digests: Sequence[str]) -> bytes:
@@ -187,7 +186,13 @@ def publish(partial: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
-    (partial / JOURNAL).unlink(missing_ok=True)
     os.replace(partial, folder)
+    # Until here a killed run finds its journal and has only this to do again.
+    clean(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a run that was killed while it gave names may have left."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)

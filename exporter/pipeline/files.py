@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import threading
@@ -65,11 +66,16 @@ def write_all(descriptor: int, raw: bytes) -> None:
 
 def reserve(descriptor: int, size: int) -> None:
     """Give a file its final size, and its disk space where the system can: a full disk shows now, not later."""
-    if os.fstat(descriptor).st_size == size:
+    stat = os.fstat(descriptor)
+    if stat.st_size != size:
+        os.ftruncate(descriptor, size)
+    if stat.st_blocks * 512 >= size or not hasattr(os, "posix_fallocate"):
         return
-    os.ftruncate(descriptor, size)
-    if size and hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(descriptor, 0, size)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some network file systems, and musl on them
+            raise
 
 
 @contextlib.contextmanager

@@ -20,17 +20,17 @@ def each(tasks: Iterable[T], work: Callable[[T], None], workers: int) -> None:
         for task in tasks:
             work(task)
         return
-    queue, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+    queue, lock, stop, done = iter(tasks), threading.Lock(), threading.Event(), object()
     errors: list[BaseException] = []
 
     def run() -> None:
         while not stop.is_set():
-            with lock:
-                task = next(queue, stop)
-            if isinstance(task, threading.Event):
-                return
             try:
-                work(task)
+                with lock:
+                    task = next(queue, done)
+                if task is done:
+                    return
+                work(task)  # type: ignore[arg-type]  # not `done`
             except BaseException as e:
                 errors.append(e)
                 stop.set()

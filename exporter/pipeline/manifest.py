@@ -41,8 +41,10 @@ def provenance(model: OpenedModel, artifact: ArtifactPlan, digests: Mapping[str,
     )
 
 
-def manifest(model: OpenedModel, artifact: ArtifactPlan, store: Store, facts: Provenance) -> dict[str, Any]:
-    """manifest.json as a value, before its files were hashed: see `seal`."""
+def manifest(
+    model: OpenedModel, artifact: ArtifactPlan, store: Store, facts: Provenance, layout: str
+) -> dict[str, Any]:
+    """manifest.json as a value, before its files were hashed: see `seal`. `layout`: export.layout_key."""
     return {
         "exporter": facts.exporter_version,
         "model": model.name,
@@ -56,6 +58,7 @@ def manifest(model: OpenedModel, artifact: ArtifactPlan, store: Store, facts: Pr
             "files": {},
         },
         "files": {},
+        "layout": layout,
         "digest": facts.digest,
         "digest_algorithm": "blake3",
         "tensors": {s.name: _tensor(artifact, store, facts, s.name) for s in artifact.steps},
@@ -112,9 +115,10 @@ class HashMemory:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.known: dict[str, list[Any]] = json.loads(path.read_text())
+            known = json.loads(path.read_text())
         except (OSError, ValueError):
-            self.known = {}
+            known = None
+        self.known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
 
     @staticmethod
     def _stamp(path: Path) -> list[int]:
@@ -123,7 +127,8 @@ class HashMemory:
 
     def get(self, path: Path) -> str | None:
         entry = self.known.get(str(path.resolve()))
-        return str(entry[1]) if entry and entry[0] == self._stamp(path) else None
+        good = isinstance(entry, list) and len(entry) == 2 and entry[0] == self._stamp(path)
+        return str(entry[1]) if entry and good else None
 
     def add(self, hashes: Mapping[Path, str]) -> None:
         for path, digest in hashes.items():

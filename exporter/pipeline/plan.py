@@ -97,7 +97,14 @@ def _wanted(profile: Profile, formats: Sequence[str], recipe: str | None) -> lis
             f"profile {profile.name} makes no {min(missing)}; it makes {made}",
             hint=f"copy profiles/{profile.name}.toml, add an [[artifact]], and pass the file as --profile",
         )
-    return [replace(a, recipe=recipe) for a in chosen] if recipe else chosen
+    if recipe:
+        chosen = list({a.folder: a for a in (replace(a, recipe=recipe) for a in chosen)}.values())
+    folders = [a.folder for a in chosen]
+    if twice := {f for f in folders if folders.count(f) > 1}:
+        raise UsageError(
+            f"profile {profile.name} makes {min(twice)} twice", hint='give one of the two a target = "name"'
+        )
+    return chosen
 
 
 def _plan_artifact(
@@ -130,8 +137,8 @@ def _plan_artifact(
     )
 
 
-def require_fit(plan: Plan) -> None:
-    """Refuse what cannot run on the profile's hardware, naming what would."""
+def misfit(plan: Plan) -> Refused | None:
+    """The refusal of what cannot run on the profile's hardware, naming what would; None when all fits."""
     for a in plan.artifacts:
         if a.fit.fits:
             continue
@@ -139,8 +146,15 @@ def require_fit(plan: Plan) -> None:
         message = f"{a.label} of {plan.model_name} needs {need} at a context of {a.fit.context:,}"
         message += f"; {plan.profile.name} has {have}"
         if a.largest_context:
-            raise Refused(message, hint=f"--context {a.largest_context} fits, or take a larger --profile")
-        raise Refused(message, hint="no context fits: take a larger --profile; `exporter fit` shows the parts")
+            return Refused(message, hint=f"--context {a.largest_context} fits, or take a larger --profile")
+        return Refused(message, hint="no context fits: take a larger --profile; `exporter fit` shows the parts")
+    return None
+
+
+def require_fit(plan: Plan) -> None:
+    """Raises what `misfit` finds."""
+    if refused := misfit(plan):
+        raise refused
 
 
 def leaf_memory(step: Step) -> int:
@@ -160,4 +174,5 @@ def workers_for(steps: Sequence[Step], max_memory: int, cpus: int) -> int:
             f"--max-memory {format_size(max_memory)} is too small: {largest.name} alone needs {format_size(need)}",
             hint=f"--max-memory {-(-need // 10**6)}M",
         )
-    return int(min(room, max(1, cpus)))
+    # Beyond eight the disk decides.
+    return int(min(room, max(1, cpus), 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -40,7 +41,7 @@ def check_digests(
     workers: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Open the artifact, unpack every tensor and compare its digest with the manifest's."""
+    """Open the artifact, unpack every tensor and compare its digest with the one that was committed."""
     located = fmt.locate(folder, steps)
     progress.stage("digests", sum(p.nbytes for p in located.values()))
     digests: dict[str, list[bytes]] = {s.name: [b""] * leaf_count(s.spec.shape) for s in steps}
@@ -72,6 +73,11 @@ def check_digests(
     }
 
 
+def _begins_with(path: Path, head: bytes) -> bool:
+    with open(path, "rb") as f:
+        return f.read(len(head)) == head
+
+
 def _read_leaf(descriptors: Mapping[Path, int], place: Located, step: Step, leaf: int) -> np.ndarray[Any, Any]:
     start, stop = leaf_range(step.spec.shape, leaf)
     stride = place.nbytes // step.spec.shape[0]
@@ -87,17 +93,16 @@ class Reference:
     """Reference logits of one checkpoint on the held-out text, made once and kept in `folder`."""
 
     def __init__(self, model: OpenedModel, profile: Profile, folder: Path, device: str, progress: Progress) -> None:
-        if model.checkpoint.tokenizer_file is None:
-            raise ExporterError(f"{model.name} has no tokenizer.json", hint="copy it from the source model")
+        assert model.checkpoint.tokenizer_file is not None  # Run has looked
         self.tokenizer_file = model.checkpoint.tokenizer_file
         self.sample = text.standard_library()
         self.windows = text.windows(self.tokenizer_file, self.sample, profile.validate.windows, profile.validate.length)
         rope = model.checkpoint.config.rope
         self._model, self._device, self._progress = model, device, progress
-        key = f"{model.fingerprint()[:12]}-{_token_key(self.windows.tokens)}"
+        ropes = [rope, llama_cpp.runtime_rope(rope)]
+        key = _key(model.fingerprint(), self.windows.tokens, f"{REFERENCE_TOP_K} {ropes} {device}")
         self.release, self.runtime = self._load_or_make(
-            [folder / f"{key}-{name}.npz" for name in ("release", "llama.cpp")],
-            [rope, llama_cpp.runtime_rope(rope)],
+            [folder / f"{key}-{name}.npz" for name in ("release", "llama.cpp")], ropes
         )
 
     def _load_or_make(self, paths: list[Path], ropes: list[Any]) -> list[ReferenceLogits]:
@@ -133,15 +138,17 @@ class Reference:
         return decode.values(self._model.checkpoint.read(name, start, stop))
 
 
-def _token_key(tokens: np.ndarray[Any, Any]) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:12]
+def _key(fingerprint: str, tokens: np.ndarray[Any, Any], settings: str) -> str:
+    """Names one reference: checkpoint, text, and how it is computed."""
+    h = hashlib.sha256(f"{fingerprint} {settings}\n".encode())
+    h.update(np.ascontiguousarray(tokens).tobytes())
+    return h.hexdigest()[:24]
 
 
 def prove(
     folder: Path,
     artifact: ArtifactPlan,
+    heads: Mapping[str, bytes],
     profile: Profile,
     reference: Reference,
     expected: Mapping[str, str],
@@ -149,12 +156,15 @@ def prove(
     threads: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The report on one artifact, written to `report.json` in its folder as well."""
+    """The report on one artifact, written to `report.json` in its folder as well.
+
+    `heads`: what each file must begin with; `expected`: digest by tensor.
+    """
     digests = check_digests(folder, artifact.format, artifact.steps, expected, workers, progress)
     report: dict[str, Any] = {
         "digests": digests,
         "digests_equal": digests["equal"] == digests["tensors"],
-        "fits": artifact.fit.fits,
+        "head_equal": all(_begins_with(folder / name, head) for name, head in heads.items()),
         "predicted_memory": {**asdict(artifact.fit), "total": artifact.fit.total},
         "text": {
             "source": reference.windows.source,

@@ -36,9 +36,9 @@ def tasks(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:
 
 
 def obtain(store: Store, step: Step, leaf: int, source: Source) -> QTensor:
-    """The final numbers of one leaf: from the store, or made now and committed to it."""
-    if store.has(step, leaf):
-        return store.read(step, leaf)
+    """The final numbers of one leaf: from the store where they are intact, or made now and committed to it."""
+    if (stored := store.intact(step, leaf)) is not None:
+        return stored
     q = source(step.name, *leaf_range(step.spec.shape, leaf))
     exact = None
     if step.method == "repack":

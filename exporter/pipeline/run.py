@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -11,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import exporter
 from exporter.checkpoint.doctor import require_sound_files
 from exporter.checkpoint.vocabulary import read_tokenizer
 from exporter.errors import BadCheckpoint, Refused
 from exporter.formats.base import ExportJob, Provenance
-from exporter.pipeline.export import export, publish
+from exporter.pipeline.export import clean, export, layout_key, publish
 from exporter.pipeline.lock import locked
 from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance, seal
 from exporter.pipeline.plan import ArtifactPlan, Plan, make_plan, require_fit, workers_for
 from exporter.pipeline.profiles import load_profile, load_recipe
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import quantize
+from exporter.pipeline.runtimes import require_runtimes, resolve_device
 from exporter.pipeline.source import OpenedModel, open_model
 from exporter.pipeline.store import Store, store_key
 from exporter.types.sizes import format_size
@@ -108,8 +109,10 @@ class Run:
         until = STAGES.index(self.request.until)
         if until:
             require_fit(self.plan)
-            self._check_disk()
+            if self.request.until == "validate":
+                require_runtimes(self.request.device)
             with locked(self.folder):
+                self._check_disk()
                 for result in results:
                     self._make(result, until)
         return RunResult(self.plan, results, time.monotonic() - started)
@@ -128,42 +131,52 @@ class Run:
             shares = [store.exact_share(s) for s in artifact.steps if s.method == "repack"]
             result.repacked = (sum(e for e, _ in shares), sum(b for _, b in shares))
             if until >= STAGES.index("validate"):
-                self._validate(result, facts.tensor_digests)
+                self._validate(result, facts)
         finally:
             store.release()
 
     def _open_store(self, artifact: ArtifactPlan) -> Store:
-        key = store_key(self.model.fingerprint(), artifact.steps)
         about = {
             "model": self.model.name,
             "repo": self.model.checkpoint.repo,
             "revision": self.model.checkpoint.revision,
             "recipe": artifact.recipe.name,
-            "key": key,
         }
-        folder = self.folder / "store" / f"{artifact.recipe.name}-{key[:12]}"
-        return Store(folder, artifact.steps, self.model.checkpoint.read, about)
+        return Store(self._store_folder(artifact), artifact.steps, self.model.checkpoint.read, about)
+
+    def _store_folder(self, artifact: ArtifactPlan) -> Path:
+        key = store_key(self.model.fingerprint(), artifact.steps)
+        return self.folder / "store" / f"{artifact.recipe.name}-{key[:12]}"
 
     def _export(self, artifact: ArtifactPlan, store: Store) -> tuple[Path, Provenance]:
         """The artifact's folder, made now or found finished, and what it holds."""
-        folder = self.folder / self.profile.name / artifact.spec.folder
-        if folder.exists() and not self.request.overwrite:
-            # What is there is judged by its digests, so the numbers come first.
-            quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
-            facts = provenance(self.model, artifact, store.digests(artifact.steps))
-            if self._same(folder, facts):
-                return folder, facts
-            raise Refused(
-                f"{folder} holds an artifact of other numbers (another checkpoint, recipe or version)",
-                hint="--overwrite replaces it, --out puts this one elsewhere",
-            )
+        folder = self._artifact_folder(artifact)
+        layouts = artifact.format.layout(self._job(artifact, provenance(self.model, artifact)))
+        if folder.exists():
+            clean(folder)
+            found = _manifest(folder)
+            if found is None:
+                raise Refused(f"{folder} is not an artifact of ours", hint="move it away, or choose another --out")
+            if not self.request.overwrite:
+                # What is there is judged by its digests, so the numbers come first.
+                quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
+                facts = provenance(self.model, artifact, store.digests(artifact.steps))
+                if (found.get("digest"), found.get("layout")) == (facts.digest, layout_key(layouts)):
+                    return folder, facts
+                raise Refused(
+                    f"{folder} holds another artifact (of another checkpoint, tokenizer, recipe or version)",
+                    hint="--overwrite replaces it, --out puts this one elsewhere",
+                )
         folder.parent.mkdir(parents=True, exist_ok=True)
         job = self._job(artifact, provenance(self.model, artifact))
         source = self.model.checkpoint.read
-        partial = export(folder, artifact.format, job, store, source, self.workers, self.progress)
+        partial = export(folder, artifact.format, job, layouts, store, source, self.workers, self.progress)
         facts = provenance(self.model, artifact, store.digests(artifact.steps))
-        publish(partial, folder, manifest(self.model, artifact, store, facts))
+        publish(partial, folder, manifest(self.model, artifact, store, facts, layout_key(layouts)))
         return folder, facts
+
+    def _artifact_folder(self, artifact: ArtifactPlan) -> Path:
+        return self.folder / self.profile.name / artifact.spec.folder
 
     def _job(self, artifact: ArtifactPlan, facts: Provenance) -> ExportJob:
         checkpoint = self.model.checkpoint
@@ -204,65 +217,62 @@ class Run:
         found = [self.model.checkpoint.find(n) for n in names]
         return [p for p in found if p is not None]
 
-    @staticmethod
-    def _manifest(folder: Path) -> dict[str, Any]:
-        try:
-            loaded: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-            return loaded
-        except (OSError, ValueError):
-            return {}
-
-    def _same(self, folder: Path, facts: Provenance) -> bool:
-        """Whether the artifact in `folder` is the one this run would make."""
-        found = self._manifest(folder)
-        recipe = found.get("recipe", {})
-        source = found.get("source", {})
-        here = (found.get("exporter"), found.get("digest"), recipe.get("sha256"), source.get("revision"))
-        wanted = (exporter.__version__, facts.digest, facts.recipe_sha256, facts.source_revision or None)
-        return here == wanted
-
-    def _validate(self, result: ArtifactResult, digests: Mapping[str, str]) -> None:
+    def _validate(self, result: ArtifactResult, facts: Provenance) -> None:
         from exporter.pipeline.prove import prove
 
         assert result.path is not None
         self._seal(result.path, result.plan)
+        heads = {f.filename: f.head for f in result.plan.format.layout(self._job(result.plan, facts))}
         result.report = prove(
             result.path,
             result.plan,
+            heads,
             self.profile,
-            self._reference(),
-            digests,
+            self._reference,
+            facts.tensor_digests,
             self.workers,
             _threads(),
             self.progress,
         )
         result.status = result.report["status"]
 
+    @functools.cached_property
     def _reference(self) -> Any:
         from exporter.pipeline.prove import Reference
 
-        if not hasattr(self, "_made_reference"):
-            self._made_reference = Reference(
-                self.model, self.profile, self.folder / "reference", _device(self.request.device), self.progress
-            )
-        return self._made_reference
+        device = resolve_device(self.request.device)
+        return Reference(self.model, self.profile, self.folder / "reference", device, self.progress)
 
     def _check_disk(self) -> None:
-        """Refuse when the artifacts that are still to be made cannot fit on the disk."""
-        need = self.plan.store_bytes()
-        need += sum(
-            a.nbytes for a in self.plan.artifacts if not (self.folder / self.profile.name / a.spec.folder).exists()
-        )
-        need -= sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
-        existing = self.request.out
-        while not existing.exists():
-            existing = existing.parent if existing != existing.parent else Path()
-        free = shutil.disk_usage(existing).free
+        """Refuse when what is still to be made cannot fit on the disk."""
+        need = 0
+        for artifact in self.plan.artifacts:
+            folder = self._artifact_folder(artifact)
+            if not folder.exists() or self.request.overwrite:
+                need += artifact.nbytes - _blocks(folder.with_name(folder.name + ".partial"))
+        stores = {self._store_folder(a): a.steps for a in self.plan.artifacts}
+        for folder, steps in stores.items():
+            need += sum(s.stored_bytes for s in steps if not s.by_reference) - _blocks(folder)
+        free = shutil.disk_usage(self.folder).free
         if need > free:
             raise Refused(
                 f"{self.request.out} has {format_size(free)} free, this needs {format_size(need)} more",
                 hint="free some space, or choose another --out",
             )
+
+
+def _blocks(folder: Path) -> int:
+    """Bytes that a folder takes on the disk."""
+    return sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """manifest.json of an artifact; None when there is none that can be read."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _model_files(folder: Path, artifact: ArtifactPlan) -> list[Path]:
@@ -283,11 +293,3 @@ def _threads() -> int:
 
     physical = psutil.cpu_count(logical=False) or 1
     return max(1, min(physical, usable_cpus(), 8))
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    from exporter.model.layer import import_torch
-
-    return "cuda" if import_torch().cuda.is_available() else "cpu"

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.checkpoint.hub import HubModel, HubSnapshot, LocalModel, fetch, list_files, parse_model
-from exporter.errors import BadCheckpoint
+from exporter.checkpoint.hub import (
+    HubModel,
+    HubSnapshot,
+    LocalModel,
+    fetch,
+    fetch_headers,
+    fetch_metadata,
+    list_files,
+    parse_model,
+)
 from exporter.model import ModelConfig
 from exporter.model.released import RELEASED, released_repo
 from exporter.pipeline.plan import released_scheme
@@ -76,11 +86,13 @@ def local_folder(text: str, progress: Progress) -> Path:
 
 
 def _fetch(model: HubModel, progress: Progress) -> HubSnapshot:
-    progress.stage(f"fetch {model}", list_files(model).missing)
-    seen = 0
+    started, seen = False, 0
 
-    def on_progress(name: str, done: int, _total: int) -> None:
-        nonlocal seen
+    def on_progress(name: str, done: int, total: int) -> None:
+        nonlocal started, seen
+        if not started:
+            progress.stage(f"fetch {model}", total)
+            started = True
         progress.advance(done - seen, name)
         seen = done
 
@@ -103,24 +115,33 @@ def outline_model(text: str) -> ModelOutline:
     model = _meant(text)
     if isinstance(model, HubModel) and model.repo in RELEASED and model.revision is None:
         return ModelOutline(model_name(model), RELEASED[model.repo], released_scheme, "the released configuration")
-    if isinstance(model, LocalModel):
-        with open_checkpoint(model.path) as checkpoint:
-            schemes = {s.name: checkpoint.scheme(s.name) for s in checkpoint.specs}
-            return ModelOutline(
-                model_name(model), checkpoint.config, lambda s: schemes[s.name], f"{checkpoint.layout} folder"
-            )
-    return _outline_hub(model)
+    return (
+        replace(_outline_folder(model.path), name=model_name(model))
+        if isinstance(model, LocalModel)
+        else _outline_hub(model)
+    )
+
+
+def _outline_folder(path: Path) -> ModelOutline:
+    with open_checkpoint(path) as checkpoint:
+        schemes = {s.name: checkpoint.scheme(s.name) for s in checkpoint.specs}
+        return ModelOutline("", checkpoint.config, lambda s: schemes[s.name], checkpoint.layout)
 
 
 def _outline_hub(model: HubModel) -> ModelOutline:
-    from exporter.checkpoint.hub import fetch_metadata
+    """From the real headers of the shards, by two small requests each, so that what is planned is what is there.
 
+    They are laid beside the small files as sparse files of the right size, and opened like any folder.
+    """
+    headers, listing = fetch_headers(model), list_files(model)
     snapshot = fetch_metadata(model)
-    path = snapshot.path / "config.json"
-    if not path.is_file():
-        raise BadCheckpoint(f"{model} has no config.json", hint="give a gpt-oss checkpoint")
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    config = ModelConfig.from_hf(raw, f"{model} config.json")
-    quantized = isinstance(raw.get("quantization_config"), dict)
-    scheme_of = released_scheme if quantized else (lambda _: Scheme.parse("bf16"))
-    return ModelOutline(model_name(model), config, scheme_of, f"config.json at {snapshot.revision[:8]}")
+    sizes = {f.name: f.size for f in listing.files}
+    with tempfile.TemporaryDirectory(prefix="exporter-plan-") as folder:
+        for name in snapshot.files:
+            shutil.copyfile(snapshot.path / name, Path(folder) / name)
+        for name, header in headers.items():
+            with open(Path(folder) / name, "wb") as f:
+                f.write(header)
+                f.truncate(sizes[name])
+        outline = _outline_folder(Path(folder))
+    return replace(outline, name=model_name(model), source=f"{outline.source} at {snapshot.revision[:8]}")

@@ -5,9 +5,8 @@ and `data.bin` (codes, scales, zeros of every tensor that the checkpoint does no
 leaf at an offset known from the plan). Released codes and floats that are kept are not copied: their
 lines only carry the digest.
 
-A killed run leaves a store that was not closed. Opening it reads every leaf of `data.bin` that the
-journal names and drops those whose digest does not match, so nothing depends on the order in which the
-kernel wrote pages out.
+Every leaf that is used is compared with its digest first and made again where it differs, so nothing
+depends on the order in which a killed run's pages reached the disk, or on their staying as they were.
 """
 
 from __future__ import annotations
@@ -16,16 +15,17 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exporter.errors import ExporterError
-from exporter.pipeline.files import flushing, reserve, write_all, write_at, write_whole
-from exporter.types import QTensor, leaf_count, leaf_range, tensor_digest
+from exporter.pipeline.files import flushing, reserve, write_at, write_whole
+from exporter.pipeline.journal import Journal
+from exporter.quantize import NUMBERS
+from exporter.types import QTensor, leaf_count, leaf_range, leaf_rows, tensor_digest
 from exporter.types.recipe import Step
 
 Source = Callable[[str, int, int], QTensor]
@@ -39,38 +39,18 @@ class Store:
         self.folder, self.steps, self._source = folder, {s.name: s for s in steps}, source
         self._digests: dict[tuple[str, int], str] = {}
         self._facts: dict[tuple[str, int], tuple[int, int]] = {}
-        self._lock = threading.Lock()
-        self.closed = False
         self._offsets, size = _offsets(steps)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "store.json").exists():
             write_whole(folder / "store.json", json.dumps(about, indent=1) + "\n")
         self._data = os.open(folder / "data.bin", os.O_RDWR | os.O_CREAT, 0o644)
         reserve(self._data, size)
-        self._journal = os.open(folder / "journal.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._load()
-
-    def _load(self) -> None:
-        raw = (self.folder / "journal.jsonl").read_bytes()
-        end = raw.rfind(b"\n") + 1  # a torn last line was never a commit
-        os.ftruncate(self._journal, end)
-        for line in raw[:end].splitlines():
-            record = json.loads(line)
-            if record.get("closed"):
-                self.closed = True
-                continue
-            name, i = record["tensor"], record["leaf"]
-            if name in self.steps:
-                self._digests[name, i] = record["digest"]
+        self._journal = Journal(folder / "journal.jsonl")
+        for record in self._journal.records:
+            name, i, digest = record.get("tensor"), record.get("leaf"), record.get("digest")
+            if name in self.steps and isinstance(i, int) and isinstance(digest, str):
+                self._digests[name, i] = digest
                 self._facts[name, i] = (record.get("exact", 0), record.get("blocks", 0))
-        if not self.closed:
-            self._drop_torn()
-
-    def _drop_torn(self) -> None:
-        for (name, i), digest in list(self._digests.items()):
-            step = self.steps[name]
-            if not step.by_reference and self._read_data(step, i).leaf_digest().hex() != digest:
-                del self._digests[name, i]
 
     def has(self, step: Step, leaf: int) -> bool:
         return (step.name, leaf) in self._digests
@@ -84,31 +64,25 @@ class Store:
         record: dict[str, Any] = {"tensor": step.name, "leaf": leaf, "digest": digest}
         if exact is not None:
             record |= {"exact": exact[0], "blocks": exact[1]}
-        line = json.dumps(record).encode() + b"\n"
-        with self._lock:
-            write_all(self._journal, line)
-            self._digests[step.name, leaf] = digest
-            self._facts[step.name, leaf] = exact or (0, 0)
+        self._journal.append(record)
+        self._digests[step.name, leaf] = digest
+        self._facts[step.name, leaf] = exact or (0, 0)
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Fill the store in this block: at its end every leaf is in and durable.
-
-        The store is then closed: the next run need not check it.
-        """
-        if self.closed:
-            yield
-            return
-        with flushing([self._data, self._journal]):
-            yield
-        write_all(self._journal, b'{"closed": true}\n')
-        os.fsync(self._journal)
-        self.closed = True
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Fill the store in this block; what is in it at the end is durable."""
+        return flushing([self._data, self._journal.descriptor])
 
     def release(self) -> None:
         """Give the files back, finished or not."""
-        for descriptor in (self._data, self._journal):
-            os.close(descriptor)
+        os.close(self._data)
+        self._journal.close()
+
+    def intact(self, step: Step, leaf: int) -> QTensor | None:
+        """A finished leaf as it was committed; None when there is none or its bytes have changed."""
+        if not self.has(step, leaf):
+            return None
+        q = self.read(step, leaf)
+        return q if q.leaf_digest() == self.leaf_digest(step, leaf) else None
 
     def read(self, step: Step, leaf: int) -> QTensor:
         """A finished leaf, from the checkpoint or from `data.bin`."""
@@ -159,10 +133,11 @@ class Store:
 
 
 def store_key(fingerprint: str, steps: Sequence[Step]) -> str:
-    """Names the numbers: the checkpoint's fingerprint and what is done to each tensor."""
-    h = hashlib.sha256(f"store-1 {fingerprint}\n".encode())
+    """Names the numbers: the checkpoint, what is done to each tensor and how it is cut, our own arithmetic."""
+    h = hashlib.sha256(f"store-{NUMBERS} {fingerprint}\n".encode())
     for s in steps:
-        h.update(f"{s.name} {s.method} {s.source.name} {s.scheme.name} {s.scheme.scale_rule}\n".encode())
+        what = (s.name, s.method, s.source.name, s.scheme.name, s.scheme.scale_rule, str(leaf_rows(s.spec.shape)))
+        h.update(" ".join(what).encode() + b"\n")
     return h.hexdigest()
 
 

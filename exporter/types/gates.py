@@ -20,6 +20,7 @@ class GateKind:
 # difference of the runtime itself (llama.cpp rounds the YaRN range) is included.
 GATES: dict[str, GateKind] = {
     "digests_equal": GateKind("digests_equal", "equal", "every tensor unpacked from the file is the one stored"),
+    "head_equal": GateKind("head_equal", "equal", "metadata and tensor tables are, byte for byte, the ones meant"),
     "tokenizer_equal": GateKind("tokenizer_equal", "equal", "the runtime's token ids equal the tokenizer's"),
     "export_kl_mean": GateKind("export.kl_mean", "max", "mean KL against the runtime's own arithmetic, nats"),
     "export_kl_p99": GateKind("export.kl_p99", "max", "99th percentile of that KL, nats"),
@@ -28,7 +29,6 @@ GATES: dict[str, GateKind] = {
     "release_kl_p99": GateKind("release.kl_p99", "max", "99th percentile of that KL, nats"),
     "release_top1": GateKind("release.top1", "min", "share of positions with the same most likely token"),
     "ppl_ratio": GateKind("release.ppl_ratio", "max", "perplexity of the artifact over that of the reference"),
-    "fits": GateKind("fits", "equal", "predicted memory at the profile's context is within its hardware"),
 }
 
 

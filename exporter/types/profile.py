@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from exporter.errors import UsageError, did_you_mean
+from exporter.errors import UsageError
 from exporter.types import toml
 from exporter.types.gates import GATES
 from exporter.types.sizes import parse_size
@@ -73,6 +73,8 @@ class Profile:
         known = ("title", "model", "hardware", "artifact", "validate", "gates")
         table = toml.Table(toml.parse(text, where), where, known)
         artifacts = table.get("artifact", list)
+        if not artifacts:
+            raise UsageError(f"{where}: makes no artifact", hint="add an [[artifact]]")
         validate = toml.Table(table.get("validate", dict), f"{where} [validate]", ("windows", "length"))
         return Profile(
             name=name,
@@ -121,5 +123,5 @@ def _gates(raw: object, where: str) -> dict[str, float | bool]:
         kind = bool if GATES[key].sense == "equal" else (int, float)
         limits[key] = t.get(key, kind)
     if not limits:
-        raise UsageError(f"{where}: no gates{did_you_mean('', ())}", hint=f"gates: {', '.join(GATES)}")
+        raise UsageError(f"{where}: no gates", hint=f"gates: {', '.join(GATES)}")
     return limits

@@ -145,7 +145,9 @@ def _rule(raw: object, where: str) -> Rule:
     otherwise = table.raw.get("otherwise")
     if scheme and method == "rtn" and scheme.kind == "e2m1" and scale_rule is None:
         raise UsageError(f"{where}: rounding to mxfp4 needs a scale_rule", hint='e.g. scale_rule = "mse"')
-    for key, value in (("scale_rule", scale_rule), ("otherwise", otherwise)):
+    for key, value, only in (("scale_rule", scale_rule, "rtn"), ("otherwise", otherwise, "pass")):
+        if value is not None and method != only:
+            raise UsageError(f'{where}: {key} does nothing with method "{method}"', hint=f"it goes with {only}")
         if value is not None and (scheme is None or value not in _SCALE_RULES[scheme.kind]):
             allowed = _SCALE_RULES[scheme.kind] if scheme else ()
             raise UsageError(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import run_exporter
+from tests.conftest import DEMO, run_exporter
 from tests.hub_demo import DECOYS, FILES, SHARDS
 from tests.loopback_hub import Flip, LoopbackHub
 
@@ -72,3 +72,12 @@ def test_a_repository_that_is_not_there(quantize):
     done = quantize("demo/absent")
     assert done.code == 2
     assert "demo/absent" in done.json["message"]
+
+
+def test_a_plan_reads_headers_only(hub, tmp_path):
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    planned = run_exporter("plan", "-p", "16gb", "demo/tiny", "--json", env=env)
+    assert planned.code == 0, planned.err
+    local = run_exporter("plan", "-p", "16gb", DEMO, "--json")
+    assert planned.json["artifacts"] == local.json["artifacts"]
+    assert not list((tmp_path / "home").rglob("*.safetensors"))

@@ -131,3 +131,18 @@ def test_our_reader_agrees_with_gguf_py(artifact):
             if isinstance(value.value, float)
             else theirs.get_field(key).contents() == value.value
         ), key
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "openai/gpt-oss-120b"])
+def test_the_size_label_is_gguf_pys(name):
+    from exporter.formats.gguf.keys import _short
+    from exporter.model import parameter_count, tensor_specs
+    from exporter.model.released import RELEASED
+
+    config = RELEASED[name]
+    experts = sum(s.elements for s in tensor_specs(config) if s.role == "expert")
+    one, total = experts // config.num_local_experts, parameter_count(config)
+    want = gguf.size_label(total, total - experts, one, config.num_local_experts)
+    assert f"{config.num_local_experts}x{_short(total - experts + one)}" == want
+    for n in (12_345, 999_999, 1_000_000, 1_500_000, 9_960_000, 653_000_000, 2_400_000_000, 3 * 10**12):
+        assert _short(n) == gguf.utility.model_weight_count_rounded_notation(n), n

@@ -126,8 +126,7 @@ def slow_int(row: np.ndarray, scheme: Scheme) -> tuple[list[int], float]:
     scale = np.float16(np.float32(np.abs(row).max()) / np.float32(top))
     if scale == 0:
         return [scheme.zero] * len(row), 0.0
-    inverse = np.float32(1) / np.float32(scale)
-    codes = [int(np.clip(np.rint(np.float32(v) * inverse), -top, top)) + scheme.zero for v in row]
+    codes = [int(np.clip(np.rint(np.float32(v) / np.float32(scale)), -top, top)) + scheme.zero for v in row]
     return codes, float(scale)
 
 

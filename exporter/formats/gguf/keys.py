@@ -23,13 +23,19 @@ def metadata(job: ExportJob, types: Sequence[BlockType]) -> dict[str, Value]:
     keys = _general(job, types)
     keys |= _architecture(job)
     special = {
-        "bos": job.generation_config.get("bos_token_id", job.config.bos_token_id),
+        "bos": _bos(job),
         "eos": job.config.eos_token_id,
         "padding": job.config.pad_token_id,
     }
     keys |= tokenizer_keys(job.tokenizer, job.tokenizer_config, special, job.chat_template, job.config.vocab_size)
     keys |= _provenance(job)
     return keys
+
+
+def _bos(job: ExportJob) -> int | None:
+    """The release names it in generation_config.json only."""
+    value = job.generation_config.get("bos_token_id")
+    return value if type(value) is int and 0 <= value < job.config.vocab_size else job.config.bos_token_id
 
 
 def split_keys(index: int, count: int, tensors: int) -> dict[str, Value]:
@@ -42,16 +48,18 @@ def split_keys(index: int, count: int, tensors: int) -> dict[str, Value]:
 
 
 def _size_label(job: ExportJob) -> str:
-    """llama.cpp's label of a mixture of experts, e.g. "32x0.6B": experts x parameters of one expert's path."""
-    c = job.config
-    return f"{c.num_local_experts}x{_short(parameter_count(c) / c.num_local_experts)}"
+    """gguf-py's label of a mixture of experts: experts x (shared parameters + those of one expert), "32x2.4B"."""
+    experts = sum(s.spec.elements for s in job.steps if s.spec.role == "expert")
+    one = experts // job.config.num_local_experts
+    return f"{job.config.num_local_experts}x{_short(parameter_count(job.config) - experts + one)}"
 
 
-def _short(n: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= limit:
-            return f"{n / limit:.1f}".removesuffix(".0") + unit
-    return f"{n:.0f}"
+def _short(n: int) -> str:
+    """Two digits at least: "2.4B", "653M"."""
+    units = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (1, "K"))
+    size, unit = next(u for u in units if n > u[0] or u[1] == "K")
+    scaled = n / (1000 if unit == "K" else size)
+    return f"{scaled:.{1 if round(scaled) < 10 else 0}f}{unit}"
 
 
 def _general(job: ExportJob, types: Sequence[BlockType]) -> dict[str, Value]:

@@ -26,8 +26,9 @@ def _regexes(pre: Any) -> list[str]:
     """The Split patterns of a tokenizer.json pre_tokenizer, in order."""
     if not isinstance(pre, Mapping):
         return []
-    if pre.get("type") == "Sequence":
-        return [r for p in pre.get("pretokenizers", []) for r in _regexes(p)]
+    parts = pre.get("pretokenizers")
+    if pre.get("type") == "Sequence" and isinstance(parts, list):
+        return [r for p in parts for r in _regexes(p)]
     pattern = pre.get("pattern")
     if pre.get("type") == "Split" and isinstance(pattern, Mapping):
         return [str(pattern.get("Regex", pattern.get("String", "")))]
@@ -46,7 +47,22 @@ def refuse_tokenizer(tokenizer: Mapping[str, Any], vocab_size: int) -> str | Non
     for text, i in _ids(tokenizer):
         if not isinstance(i, int) or not 0 <= i < vocab_size:
             return f"tokenizer.json gives {text!r} the id {i!r}, outside the vocabulary of {vocab_size:,}"
+        if not _encodable(text):
+            return f"tokenizer.json has a token {text!a} that is not text"
+    merges = model.get("merges", [])
+    if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+        return "tokenizer.json has merges that are not pairs of tokens"
     return None
+
+
+def _encodable(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _is_merge(merge: Any) -> bool:
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and _encodable(p) for p in pair)
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
