@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -76,10 +77,22 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The entry point: run a command, turn every failure into a line and an exit code."""
+    _open_standard_streams()
     from exporter.cli.failures import guarded
 
     arguments: list[str] = sys.argv[1:] if argv is None else argv
     sys.exit(guarded(lambda: _invoke(arguments), as_json="--json" in arguments))
+
+
+def _open_standard_streams() -> None:
+    """A stream that the caller closed goes nowhere; else the next file opened would become it."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115  # to the end
 
 
 def _invoke(arguments: list[str]) -> Any:

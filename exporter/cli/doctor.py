@@ -25,7 +25,7 @@ def command(model: str, fast: bool, as_json: bool) -> int:
       exporter doctor ./my-fine-tune
       exporter doctor ./my-fine-tune --fast
     """
-    from exporter.checkpoint.doctor import diagnose
+    from exporter.pipeline.examine import examine
     from exporter.pipeline.source import local_folder
 
     watch = progress(as_json)
@@ -39,7 +39,7 @@ def command(model: str, fast: bool, as_json: bool) -> int:
         watch.advance(now - done)
         done = now
 
-    diagnosis = diagnose(folder, deep=not fast, on_progress=on_progress)
+    diagnosis = examine(folder, not fast, on_progress)
     watch.done()
     if diagnosis.checkpoint:
         diagnosis.checkpoint.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -70,5 +71,6 @@ def _report(message: str, hint: str | None, code: int, as_json: bool) -> int:
     if hint:
         print(f"  hint: {hint}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"status": "error", "message": message, "hint": hint, "exit_code": code}))
+        with contextlib.suppress(OSError):  # stdout may be what failed
+            print(json.dumps({"status": "error", "message": message, "hint": hint, "exit_code": code}))
     return code

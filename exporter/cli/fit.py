@@ -34,7 +34,7 @@ def command(model: str | None, profile: str, recipe: str | None, context: int | 
     from exporter.pipeline.source import outline_model
 
     loaded = load_profile(profile)
-    outline = outline_model(model or loaded.model)
+    outline = outline_model(loaded.model if model is None else model)
     plan = make_plan(outline.name, outline.config, outline.scheme_of, loaded, recipe=recipe, context=context)
     if as_json:
         rows = [

@@ -48,7 +48,7 @@ def show_plan(
     from exporter.pipeline.source import outline_model
 
     loaded = load_profile(profile)
-    outline = outline_model(model or loaded.model)
+    outline = outline_model(loaded.model if model is None else model)
     plan = make_plan(
         outline.name, outline.config, outline.scheme_of, loaded, formats=formats, recipe=recipe, context=context
     )

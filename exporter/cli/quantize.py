@@ -73,7 +73,7 @@ def command(
     from exporter.pipeline.run import RunRequest
 
     request = RunRequest(
-        model=model or load_profile(profile).model,
+        model=load_profile(profile).model if model is None else model,
         profile=profile,
         formats=formats,
         recipe=recipe,
@@ -91,8 +91,10 @@ def _run(request: Any, quiet: bool, as_json: bool) -> int:
     """Do the job and answer; 3 when a gate failed."""
     from exporter.pipeline.run import Run
 
-    # A job scheduler's polite stop is an interruption like any other.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A job scheduler's polite stop and a lost terminal are interruptions like any other; nohup stays nohup.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
     result = Run(request, progress(quiet or as_json)).run()
     rows = [_row(a) for a in result.artifacts]

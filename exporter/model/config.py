@@ -231,6 +231,9 @@ class _Reader:
         kind = merged.get("rope_type", merged.get("type", "default"))
         if kind not in ("yarn", "default"):
             raise self.fail("rope_scaling.rope_type", f"is {kind!r}; gpt-oss uses yarn")
+        for source in (self.raw, old or {}, new or {}):
+            if source.get("rope_theta", merged.get("rope_theta")) != merged.get("rope_theta"):
+                raise self.fail("rope_theta", f"is {source['rope_theta']!r} and {merged['rope_theta']!r}")
         theta = read.number("rope_theta")
         if kind == "default":
             return RopeConfig(theta=theta)

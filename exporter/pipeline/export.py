@@ -179,12 +179,12 @@ def _intact(fmt: Format, step: Step, raw: np.ndarray[Any, Any], digest: bytes) -
         return False
 
 
-def publish(partial: Path, folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write manifest.json and give the folder its final name, in place of an older artifact if there is one."""
+def publish(partial: Path, folder: Path, manifest: Mapping[str, Any], replace: bool) -> None:
+    """Write manifest.json and give the folder its final name; with `replace`, in place of an older artifact."""
     write_whole(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if replace and folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
     # Until here a killed run finds its journal and has only this to do again.

@@ -123,7 +123,7 @@ class HashMemory:
     @staticmethod
     def _stamp(path: Path) -> list[int]:
         stat = path.stat()
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
     def get(self, path: Path) -> str | None:
         entry = self.known.get(str(path.resolve()))

@@ -97,7 +97,7 @@ def _wanted(profile: Profile, formats: Sequence[str], recipe: str | None) -> lis
             f"profile {profile.name} makes no {min(missing)}; it makes {made}",
             hint=f"copy profiles/{profile.name}.toml, add an [[artifact]], and pass the file as --profile",
         )
-    if recipe:
+    if recipe is not None:
         chosen = list({a.folder: a for a in (replace(a, recipe=recipe) for a in chosen)}.values())
     folders = [a.folder for a in chosen]
     if twice := {f for f in folders if folders.count(f) > 1}:

@@ -99,6 +99,7 @@ class Reference:
         self.windows = text.windows(self.tokenizer_file, self.sample, profile.validate.windows, profile.validate.length)
         rope = model.checkpoint.config.rope
         self._model, self._device, self._progress = model, device, progress
+        self.scratch = folder.parent
         ropes = [rope, llama_cpp.runtime_rope(rope)]
         key = _key(model.fingerprint(), self.windows.tokens, f"{REFERENCE_TOP_K} {ropes} {device}")
         self.release, self.runtime = self._load_or_make(
@@ -160,6 +161,7 @@ def prove(
 
     `heads`: what each file must begin with; `expected`: digest by tensor.
     """
+    (folder / "report.json").unlink(missing_ok=True)  # whatever it said, it is judged anew
     digests = check_digests(folder, artifact.format, artifact.steps, expected, workers, progress)
     report: dict[str, Any] = {
         "digests": digests,
@@ -191,6 +193,7 @@ def prove(
         release=reference.release,
         runtime=reference.runtime,
         threads=threads,
+        scratch=reference.scratch,
         on_progress=on_progress,
     )
     progress.done()

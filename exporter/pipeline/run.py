@@ -14,9 +14,10 @@ from typing import Any
 
 from exporter.checkpoint.doctor import require_sound_files
 from exporter.checkpoint.vocabulary import read_tokenizer
-from exporter.errors import BadCheckpoint, Refused
+from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError
 from exporter.formats.base import ExportJob, Provenance
 from exporter.pipeline.export import clean, export, layout_key, publish
+from exporter.pipeline.files import sha256_file
 from exporter.pipeline.lock import locked
 from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance, seal
 from exporter.pipeline.plan import ArtifactPlan, Plan, make_plan, require_fit, workers_for
@@ -24,9 +25,11 @@ from exporter.pipeline.profiles import load_profile, load_recipe
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import quantize
 from exporter.pipeline.runtimes import require_runtimes, resolve_device
-from exporter.pipeline.source import OpenedModel, open_model
+from exporter.pipeline.source import OpenedModel, must_download, open_model, outline_model
 from exporter.pipeline.store import Store, store_key
+from exporter.types.profile import Profile
 from exporter.types.sizes import format_size
+from exporter.validate.runtime import SCRATCH_PREFIX
 
 STAGES = ("plan", "quantize", "export", "validate")
 
@@ -72,8 +75,7 @@ class Run:
     def __init__(self, request: RunRequest, progress: Progress) -> None:
         self.request, self.progress = request, progress
         self.profile = load_profile(request.profile)
-        if request.recipe:
-            load_recipe(request.recipe)
+        preflight(request, self.profile)
         self.model: OpenedModel = open_model(request.model, progress)
         self.plan = make_plan(
             self.model.name,
@@ -86,6 +88,9 @@ class Run:
         )
         self.profile = self.plan.profile
         self.folder = request.out / self.model.name
+        if self.folder.resolve() == self.model.checkpoint.path.resolve():
+            raise UsageError(f"{self.folder} is the checkpoint itself", hint="choose another --out")
+        self._fingerprint = self.model.fingerprint()
         self.tokenizer = self._tokenizer()
         cpus = usable_cpus()
         steps = [s for a in self.plan.artifacts for s in a.steps]
@@ -109,9 +114,9 @@ class Run:
         until = STAGES.index(self.request.until)
         if until:
             require_fit(self.plan)
-            if self.request.until == "validate":
-                require_runtimes(self.request.device)
             with locked(self.folder):
+                for left in self.folder.glob(f"{SCRATCH_PREFIX}*"):
+                    shutil.rmtree(left, ignore_errors=True)  # of a proof that was killed
                 self._check_disk()
                 for result in results:
                     self._make(result, until)
@@ -145,7 +150,7 @@ class Run:
         return Store(self._store_folder(artifact), artifact.steps, self.model.checkpoint.read, about)
 
     def _store_folder(self, artifact: ArtifactPlan) -> Path:
-        key = store_key(self.model.fingerprint(), artifact.steps)
+        key = store_key(self._fingerprint, artifact.steps)
         return self.folder / "store" / f"{artifact.recipe.name}-{key[:12]}"
 
     def _export(self, artifact: ArtifactPlan, store: Store) -> tuple[Path, Provenance]:
@@ -157,7 +162,8 @@ class Run:
             found = _manifest(folder)
             if found is None:
                 raise Refused(f"{folder} is not an artifact of ours", hint="move it away, or choose another --out")
-            if not self.request.overwrite:
+            whole = all(_size(folder / f.filename) == f.size for f in layouts)
+            if whole and not self.request.overwrite:
                 # What is there is judged by its digests, so the numbers come first.
                 quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
                 facts = provenance(self.model, artifact, store.digests(artifact.steps))
@@ -172,7 +178,9 @@ class Run:
         source = self.model.checkpoint.read
         partial = export(folder, artifact.format, job, layouts, store, source, self.workers, self.progress)
         facts = provenance(self.model, artifact, store.digests(artifact.steps))
-        publish(partial, folder, manifest(self.model, artifact, store, facts, layout_key(layouts)))
+        self._require_unchanged()
+        body = manifest(self.model, artifact, store, facts, layout_key(layouts))
+        publish(partial, folder, body, replace=folder.exists())
         return folder, facts
 
     def _artifact_folder(self, artifact: ArtifactPlan) -> Path:
@@ -195,12 +203,17 @@ class Run:
     def _seal(self, folder: Path, artifact: ArtifactPlan) -> None:
         """Hash the source's files and the artifact's; source files that did not change are remembered."""
         if (folder / "SHA256SUMS").exists():
+            if f"{sha256_file(folder / 'manifest.json')}  manifest.json" not in (folder / "SHA256SUMS").read_text():
+                raise ExporterError(
+                    f"{folder}/manifest.json is not the one in SHA256SUMS", hint="--overwrite makes the artifact again"
+                )
             return
         made = _model_files(folder, artifact)
         memory = HashMemory(self.folder / "source-hashes.json")
         sources = [*self.model.checkpoint.shards, *self._small_files()]
         known = {p: h for p in sources if (h := self.model.hashes.get(p.name) or memory.get(p))}
         new = hash_files([*(p for p in sources if p not in known), *made], self.workers, self.progress)
+        self._require_unchanged()
         fresh = {p: new[p] for p in sources if p in new}
         if fresh:
             memory.add(fresh)
@@ -241,7 +254,16 @@ class Run:
         from exporter.pipeline.prove import Reference
 
         device = resolve_device(self.request.device)
-        return Reference(self.model, self.profile, self.folder / "reference", device, self.progress)
+        made = Reference(self.model, self.profile, self.folder / "reference", device, self.progress)
+        self._require_unchanged()
+        return made
+
+    def _require_unchanged(self) -> None:
+        """What was read at different times must have been one checkpoint."""
+        if self.model.fingerprint() != self._fingerprint:
+            raise ExporterError(
+                f"{self.model.checkpoint.path} changed while it was read", hint="run the same command again"
+            )
 
     def _check_disk(self) -> None:
         """Refuse when what is still to be made cannot fit on the disk."""
@@ -259,6 +281,33 @@ class Run:
                 f"{self.request.out} has {format_size(free)} free, this needs {format_size(need)} more",
                 hint="free some space, or choose another --out",
             )
+
+
+def preflight(request: RunRequest, profile: Profile) -> None:
+    """Everything that can be refused before a download: names, plan, fit, memory, device, libraries."""
+    if request.recipe is not None:
+        load_recipe(request.recipe)
+    if request.until == "validate":
+        require_runtimes(request.device)
+    if not must_download(request.model):
+        return
+    outline = outline_model(request.model)
+    plan = make_plan(
+        outline.name,
+        outline.config,
+        outline.scheme_of,
+        profile,
+        formats=request.formats,
+        recipe=request.recipe,
+        context=request.context,
+    )
+    require_fit(plan)
+    workers_for([s for a in plan.artifacts for s in a.steps], request.max_memory, usable_cpus())
+    request.out.mkdir(parents=True, exist_ok=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _blocks(folder: Path) -> int:

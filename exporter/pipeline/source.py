@@ -21,6 +21,7 @@ from exporter.checkpoint.hub import (
     list_files,
     parse_model,
 )
+from exporter.errors import UsageError
 from exporter.model import ModelConfig
 from exporter.model.released import RELEASED, released_repo
 from exporter.pipeline.plan import released_scheme
@@ -42,13 +43,15 @@ class OpenedModel:
     def fingerprint(self) -> str:
         """Changes when the weights or the configuration do.
 
-        Hashes where the Hub gave them; otherwise sizes and modification times, which cost nothing.
+        Hashes where the Hub gave them; otherwise sizes, times and inodes, which cost nothing. The time of the
+        last change of the inode cannot be set by a copy or a touch, as the modification time can.
         """
         h = hashlib.sha256(json.dumps(self.checkpoint.config_raw, sort_keys=True).encode())
         for path in self.checkpoint.shards:
             known = self.hashes.get(path.name)
             stat = path.stat()
-            h.update(f"{path.name} {known or f'{stat.st_size} {stat.st_mtime_ns}'}\n".encode())
+            stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            h.update(f"{path.name} {known or stamp}\n".encode())
         return h.hexdigest()
 
 
@@ -65,7 +68,17 @@ class ModelOutline:
 def model_name(model: LocalModel | HubModel) -> str:
     """The folder and file name of a model's artifacts: the last part of its path or Hub id."""
     name = model.repo.split("/")[-1] if isinstance(model, HubModel) else model.path.resolve().name
+    if not name.isprintable() or (not name.isascii() and not _utf8(name)):
+        raise UsageError(f"the folder name {name!a} cannot name an artifact", hint="rename the folder, or link to it")
     return name or "model"
+
+
+def _utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def open_model(text: str, progress: Progress) -> OpenedModel:
@@ -105,6 +118,12 @@ def _meant(text: str) -> LocalModel | HubModel:
     """A folder, a Hub id, or the short name of a released model."""
     repo = None if Path(text).is_dir() else released_repo(text)
     return HubModel(repo) if repo else parse_model(text)
+
+
+def must_download(text: str) -> bool:
+    """Whether `text` means a Hub model of which weights are still to come."""
+    model = _meant(text)
+    return isinstance(model, HubModel) and list_files(model).missing > 0
 
 
 def outline_model(text: str) -> ModelOutline:

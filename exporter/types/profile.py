@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +13,9 @@ from exporter.errors import UsageError
 from exporter.types import toml
 from exporter.types.gates import GATES
 from exporter.types.sizes import parse_size
+
+# It becomes part of a folder's name.
+_TARGET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,13 @@ def _hardware(raw: object, where: str) -> Hardware:
     device = t.get("device", str)
     if device not in ("gpu", "cpu"):
         raise UsageError(f'{where}: unknown device "{device}"', hint="devices: gpu, cpu")
+    memory, reserve = parse_size(t.get("memory", str)), parse_size(t.get("reserve", str))
+    if reserve >= memory:
+        raise UsageError(f"{where}: reserve leaves nothing of memory", hint="see docs/profiles.md")
     return Hardware(
         device=device,
-        memory=parse_size(t.get("memory", str)),
-        reserve=parse_size(t.get("reserve", str)),
+        memory=memory,
+        reserve=reserve,
         context=_positive(t, "context"),
         ubatch=_positive(t, "ubatch"),
         runtime=parse_size(t.get("runtime", str)),
@@ -113,7 +121,12 @@ def _hardware(raw: object, where: str) -> Hardware:
 def _artifact(raw: object, where: str) -> ArtifactSpec:
     t = toml.Table(raw, where, ("format", "recipe", "target", "split_size"))
     split = t.get("split_size", str, "0")
-    return ArtifactSpec(t.get("format", str), t.get("recipe", str), t.get("target", str, ""), parse_size(split))
+    target = t.get("target", str, "")
+    if target and not _TARGET.fullmatch(target):
+        raise UsageError(
+            f"{where}: target {target!r} is not a plain name", hint="letters, digits, dot, dash, underscore"
+        )
+    return ArtifactSpec(t.get("format", str), t.get("recipe", str), target, parse_size(split))
 
 
 def _gates(raw: object, where: str) -> dict[str, float | bool]:
@@ -122,6 +135,8 @@ def _gates(raw: object, where: str) -> dict[str, float | bool]:
     for key in t.raw:
         kind = bool if GATES[key].sense == "equal" else (int, float)
         limits[key] = t.get(key, kind)
+        if not math.isfinite(limits[key]):
+            raise UsageError(f'{where}: "{key}" must be a finite number', hint="see docs/profiles.md")
     if not limits:
         raise UsageError(f"{where}: no gates", hint=f"gates: {', '.join(GATES)}")
     return limits

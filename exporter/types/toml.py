@@ -12,8 +12,8 @@ from exporter.errors import UsageError, did_you_mean
 def parse(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise UsageError(f"{where}: not valid TOML: {e}", hint="see docs/profiles.md") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise UsageError(f"{where}: not valid TOML: {str(e)[:200]}", hint="see docs/profiles.md") from None
 
 
 class Table:

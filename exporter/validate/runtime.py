@@ -29,6 +29,7 @@ from exporter.validate.llama_cpp import FlashAttention, KvType
 from exporter.validate.llama_worker import Request
 from exporter.validate.metrics import Positions, between, summary
 
+SCRATCH_PREFIX = ".proof-"
 # (stage, done, total), as the worker gets on.
 OnProgress = Callable[[str, int, int], None]
 
@@ -46,6 +47,7 @@ def prove_gguf(
     kv_type: KvType = "f16",
     context: int = 0,
     time_limit: float = 3600,
+    scratch: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """The report on a GGUF (its first file, if split).
@@ -57,6 +59,7 @@ def prove_gguf(
 
     Keys: export (against `runtime`), release, runtime_difference (`runtime` against `release`),
     each as metrics.summary gives; tokenizer_equal and tokenizer; speed; memory; runtime.
+    `scratch`: where a folder for the exchange with the worker is made; a killed run leaves it there.
     Raises ExporterError when the file cannot be run, or not within `time_limit` seconds.
     """
     if not (np.array_equal(tokens, release.tokens) and np.array_equal(tokens, runtime.tokens)):
@@ -65,7 +68,7 @@ def prove_gguf(
         raise ExporterError(f"{path} is missing", hint="exporter quantize ... --overwrite makes it again")
     tokenizer = texts.load_tokenizer(tokenizer_file)
     pieces = texts.pieces(tokenizer, text)
-    with tempfile.TemporaryDirectory(prefix="exporter-proof-") as folder:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as folder:
         work = Path(folder)
         release.save(work / "release.npz")
         runtime.save(work / "export.npz")

@@ -145,11 +145,15 @@ def load_tokenizer(tokenizer_file: Path) -> Any:
     if not tokenizer_file.is_file():
         raise ExporterError(f"{tokenizer_file} is missing", hint="copy tokenizer.json from the source model")
     try:
-        return Tokenizer.from_file(str(tokenizer_file))
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # the library raises plain Exception for any bad file
         raise ExporterError(
             f"{tokenizer_file} cannot be read ({error})", hint="copy it from the source model"
         ) from error
+    # Training leaves these behind in a file; they would cut or fill the text that is measured on.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

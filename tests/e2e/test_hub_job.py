@@ -51,7 +51,8 @@ def test_a_hub_id_goes_the_same_way_as_a_folder(hub, quantize, demo_run, tmp_pat
 
 
 def test_a_wrong_byte_of_the_right_length_is_caught_and_cured(hub, quantize, tmp_path):
-    hub.inject("GET", "/_cdn/", Flip(5000))
+    # The plan reads the headers first, one request a shard.
+    hub.inject("GET", "/_cdn/", *(Flip(300_000) for _ in range(len(SHARDS) + 1)))
     done = quantize()
     assert done.code == 1
     assert any(shard in done.json["message"] for shard in SHARDS)
@@ -80,4 +81,22 @@ def test_a_plan_reads_headers_only(hub, tmp_path):
     assert planned.code == 0, planned.err
     local = run_exporter("plan", "-p", "16gb", DEMO, "--json")
     assert planned.json["artifacts"] == local.json["artifacts"]
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+REFUSED = {
+    "context": ["-c", "999999"],
+    "format": ["-f", "onnx"],
+    "memory": ["--max-memory", "1M"],
+    "device": ["--device", "gpu", "--until", "validate"],
+    "recipe": ["--recipe", "nothing-like-it"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_before_the_download(case, hub, tmp_path):
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    arguments = ["quantize", "-p", "16gb", "demo/tiny", "--out", tmp_path / "out", *REFUSED[case]]
+    done = run_exporter(*arguments, env=env)
+    assert done.code in (2, 4), done.err
     assert not list((tmp_path / "home").rglob("*.safetensors"))

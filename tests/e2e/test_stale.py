@@ -1,6 +1,10 @@
 """What an earlier run left is used only where it is still right."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -121,3 +125,126 @@ def test_a_rotation_that_no_runtime_of_ours_computes(key, tmp_path):
     done = quantize(model, tmp_path / "out")
     assert done.code == 4
     assert key in done.err
+
+
+def test_another_checkpoint_of_the_same_name_and_times_is_another(tmp_path):
+    """Container images and archives give every file one fixed time."""
+    models = []
+    for side, value in (("a", 1.0), ("b", 3.0)):
+        folder = tmp_path / side / "m"
+        folder.parent.mkdir()
+
+        def edit(tensors, value=value):
+            tensors["model.norm.weight"] = tensors["model.norm.weight"].clone() * value
+
+        variants.edited(folder, edit)
+        for path in folder.iterdir():
+            os.utime(path, (1, 1))
+        models.append(folder)
+    out = tmp_path / "out"
+    assert quantize(models[0], out).code == 0
+    done = quantize(models[1], out)
+    assert done.code == 4
+    assert "holds another artifact" in done.err
+
+
+def test_a_checkpoint_that_changes_while_it_is_read(tmp_path):
+    model = variants.copy(tmp_path / "model")
+    shard = next(model.glob("*.safetensors"))
+    code = f"""
+import sys
+from exporter.pipeline import run
+real = run.hash_files
+def changed(paths, workers, progress):
+    with open({str(shard)!r}, "r+b") as f:
+        f.seek(-1, 2)
+        f.write(b"!")
+    return real(paths, workers, progress)
+run.hash_files = changed
+from exporter.cli import main
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, "quantize", "-p", "16gb", str(model), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "changed while it was read" in done.stderr
+    assert not list((tmp_path / "out").rglob("SHA256SUMS"))
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+def test_an_artifact_without_its_file_is_made_again(damage, whole, tmp_path):
+    assert quantize(DEMO, tmp_path).code == 0
+    path = the_file(tmp_path)
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:3000])
+    assert quantize(DEMO, tmp_path).code == 0
+    assert the_file(tmp_path).read_bytes() == whole
+
+
+def test_an_edited_manifest_is_seen(tmp_path):
+    assert quantize(DEMO, tmp_path, until="validate").code == 0
+    manifest = made(tmp_path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"hf-mxfp4"', '"original"'))
+    done = quantize(DEMO, tmp_path, until="validate")
+    assert done.code == 1
+    assert "manifest.json is not the one in SHA256SUMS" in done.err
+
+
+def test_a_verdict_does_not_outlive_its_artifact(tmp_path):
+    assert quantize(DEMO, tmp_path, until="validate").code == 0
+    path = the_file(tmp_path)
+    raw = bytearray(path.read_bytes())
+    raw[4:8] = b"\1\0\0\0"  # another version: it cannot be judged at all
+    path.write_bytes(raw)
+    assert quantize(DEMO, tmp_path, until="validate").code == 1
+    assert not (made(tmp_path) / "report.json").exists()
+
+
+@pytest.mark.parametrize("key", ["truncation", "padding"])
+def test_what_training_left_in_the_tokenizer_does_not_matter(key, tmp_path):
+    model = variants.copy(tmp_path / "model")
+    value = json.loads((model / "tokenizer.json").read_text())
+    value["truncation" if key == "truncation" else "padding"] = {
+        "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+        "padding": {
+            "strategy": {"Fixed": 4096}, "direction": "Right", "pad_to_multiple_of": None,
+            "pad_id": 2039, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+        },
+    }[key]  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(value))
+    done = quantize(model, tmp_path / "out", until="validate")
+    assert done.code == 0, done.out + done.err
+
+
+def test_two_values_of_theta(tmp_path):
+    model = variants.edited(tmp_path / "model", lambda tensors: None, rope_theta=10000)
+    done = quantize(model, tmp_path / "out")
+    assert done.code == 4
+    assert "rope_theta" in done.err
+
+
+def test_output_into_the_checkpoint_is_refused(tmp_path):
+    model = variants.copy(tmp_path / "model")
+    done = quantize(model, tmp_path)
+    assert done.code == 2
+    assert "is the checkpoint itself" in done.err
+
+
+@pytest.mark.parametrize("target", ["../../../victim", "a/b", "a\\u0000b", ".", ""])
+def test_a_target_is_a_plain_name(target, tmp_path):
+    from exporter.pipeline.profiles import source_text
+
+    profile = tmp_path / "p.toml"
+    profile.write_text(source_text("16gb").replace('recipe = "mxfp4-q8"', f'recipe = "mxfp4-q8"\ntarget = "{target}"'))
+    done = run_exporter("quantize", "-p", profile, DEMO, "--out", tmp_path / "out", "--until", "quantize")
+    assert done.code == (2 if target else 0)
+    assert "not a plain name" in done.err or not target
+
+
+@pytest.mark.parametrize("stream", ["0<&-", "1>&-", "2>&-"])
+def test_a_closed_stream_does_not_matter(stream, tmp_path):
+    command = f"{sys.executable} -m exporter quantize -p 16gb {DEMO} --until export --out {tmp_path} {stream}"
+    assert subprocess.run(command, shell=True, capture_output=True, check=False).returncode == 0
+    assert the_file(tmp_path).exists()
