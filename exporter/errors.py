@@ -30,12 +30,6 @@ class UsageError(ExporterError):
     exit_code = 2
 
 
-class GateFailed(ExporterError):
-    """The artifact exists, but a measured value is outside the profile's gate."""
-
-    exit_code = 3
-
-
 class Refused(ExporterError):
     """The work cannot give a right result, so it was not started."""
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,26 +68,12 @@ def prove_gguf(
         raise ExporterError(f"{path} is missing", hint="exporter quantize ... --overwrite makes it again")
     tokenizer = texts.load_tokenizer(tokenizer_file)
     pieces = texts.pieces(tokenizer, text)
+    references = {"export": runtime, "release": release}
+    settings: dict[str, Any] = {"flash_attention": flash_attention, "kv_type": kv_type, "context": context}
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as folder:
-        work = Path(folder)
-        release.save(work / "release.npz")
-        runtime.save(work / "export.npz")
-        request = Request(
-            model=str(path.absolute()),
-            references={name: str(work / f"{name}.npz") for name in ("export", "release")},
-            results=str(work / "results.npz"),
-            pieces=pieces,
-            threads=threads,
-            flash_attention=flash_attention,
-            kv_type=kv_type,
-            context=context,
-        )
+        request = _request(path, Path(folder), references, pieces=pieces, threads=threads, **settings)
         answer = run_worker(request, time_limit, on_progress=on_progress)
-        with np.load(work / "results.npz", allow_pickle=False) as results:
-            found = {
-                name: Positions(**{f: results[f"{name}.{f}"] for f in Positions.__dataclass_fields__})
-                for name in request.references
-            }
+        found = _results(request)
     tokenizer_report = compare_ids(pieces, [texts.encode(tokenizer, p) for p in pieces], answer["ids"])
     return {
         **{name: summary(positions) for name, positions in found.items()},
@@ -108,6 +94,24 @@ def prove_gguf(
             "load_average": answer["load_average"],
         },
     }
+
+
+def _request(path: Path, folder: Path, references: Mapping[str, ReferenceLogits], **settings: Any) -> Request:
+    """What the worker is asked, with the references laid into `folder` for it."""
+    files = {name: folder / f"{name}.npz" for name in references}
+    for name, logits in references.items():
+        logits.save(files[name])
+    named = {name: str(file) for name, file in files.items()}
+    return Request(model=str(path.absolute()), references=named, results=str(folder / "results.npz"), **settings)
+
+
+def _results(request: Request) -> dict[str, Positions]:
+    """The comparison of every position with each reference, as the worker wrote it."""
+    with np.load(request.results, allow_pickle=False) as results:
+        return {
+            name: Positions(**{f: results[f"{name}.{f}"] for f in Positions.__dataclass_fields__})
+            for name in request.references
+        }
 
 
 def compare_ids(pieces: Sequence[str], expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
