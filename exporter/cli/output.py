@@ -132,9 +132,6 @@ class _Bars(Progress):
             if self._rich:
                 self._rich.update(self._task, advance=amount, label=label.removeprefix("model."))
 
-    def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
-
     def done(self) -> None:
         with self._lock:
             if self._rich:

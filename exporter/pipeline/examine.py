@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.checkpoint.doctor import Diagnosis, diagnose
-from exporter.checkpoint.findings import Finding
+from exporter.checkpoint.findings import LEVELS, Finding
 from exporter.checkpoint.vocabulary import read_tokenizer
 from exporter.errors import ExporterError
 from exporter.formats import all_formats
@@ -29,5 +29,4 @@ def examine(folder: Path, deep: bool, on_progress: Callable[[int, int], None] | 
                 continue  # said already
         if reason:
             findings.append(Finding("warning", f"no {name} can be made of it: {reason}", str(folder)))
-    order = ("error", "warning", "note")
-    return replace(found, findings=sorted(findings, key=lambda f: order.index(f.level)))
+    return replace(found, findings=sorted(findings, key=lambda f: LEVELS.index(f.level)))

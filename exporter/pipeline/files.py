@@ -37,6 +37,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_stamp(path: Path) -> tuple[int, int, int, int]:
+    """Size, times and inode: what changes when a file does, without reading it."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, 1 MiB at a time."""
     h = hashlib.sha256()

@@ -13,7 +13,7 @@ from blake3 import blake3
 import exporter
 from exporter.formats.base import Provenance
 from exporter.pipeline import leaves as parallel
-from exporter.pipeline.files import sha256_file, write_whole
+from exporter.pipeline.files import file_stamp, sha256_file, write_whole
 from exporter.pipeline.plan import ArtifactPlan
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.source import OpenedModel
@@ -120,17 +120,12 @@ class HashMemory:
             known = None
         self.known: dict[str, list[Any]] = known if isinstance(known, dict) else {}
 
-    @staticmethod
-    def _stamp(path: Path) -> list[int]:
-        stat = path.stat()
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-
     def get(self, path: Path) -> str | None:
         entry = self.known.get(str(path.resolve()))
-        good = isinstance(entry, list) and len(entry) == 2 and entry[0] == self._stamp(path)
+        good = isinstance(entry, list) and len(entry) == 2 and entry[0] == list(file_stamp(path))
         return str(entry[1]) if entry and good else None
 
     def add(self, hashes: Mapping[Path, str]) -> None:
         for path, digest in hashes.items():
-            self.known[str(path.resolve())] = [self._stamp(path), digest]
+            self.known[str(path.resolve())] = [file_stamp(path), digest]
         write_whole(self.path, json.dumps(self.known, indent=1) + "\n")

@@ -12,8 +12,5 @@ class Progress:
     def advance(self, amount: int, label: str = "") -> None:
         """`amount` more is done, `label` says on what."""
 
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
     def done(self) -> None:
         """The stage has ended."""

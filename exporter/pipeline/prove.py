@@ -23,6 +23,7 @@ from exporter.pipeline import leaves as parallel
 from exporter.pipeline.files import write_whole
 from exporter.pipeline.plan import ArtifactPlan
 from exporter.pipeline.progress import Progress
+from exporter.pipeline.quantize import tasks
 from exporter.pipeline.source import OpenedModel
 from exporter.types import leaf_count, leaf_range, tensor_digest
 from exporter.types.profile import Profile
@@ -60,7 +61,7 @@ def check_digests(
                 damaged[step.name] = str(e)
 
     try:
-        parallel.each(((s, i) for s in steps for i in range(leaf_count(s.spec.shape))), work, workers)
+        parallel.each(tasks(steps), work, workers)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)

@@ -24,7 +24,7 @@ from exporter.pipeline.profiles import load_profile, load_recipe
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import quantize
 from exporter.pipeline.runtimes import require_runtimes, resolve_device
-from exporter.pipeline.source import OpenedModel, must_download, open_model, outline_model
+from exporter.pipeline.source import ModelOutline, OpenedModel, must_download, open_model, outline_model
 from exporter.pipeline.store import Store, store_key
 from exporter.types.profile import Profile
 from exporter.types.sizes import format_size
@@ -75,24 +75,14 @@ class Run:
         self.profile = load_profile(request.profile)
         preflight(request, self.profile)
         self.model: OpenedModel = open_model(request.model, progress)
-        self.plan = make_plan(
-            self.model.name,
-            self.model.checkpoint.config,
-            self.model.scheme_of,
-            self.profile,
-            formats=request.formats,
-            recipe=request.recipe,
-            context=request.context,
-        )
+        self.plan = _plan(request, self.profile, self.model)
         self.profile = self.plan.profile
         self.folder = request.out / self.model.name
         if self.folder.resolve() == self.model.checkpoint.path.resolve():
             raise UsageError(f"{self.folder} is the checkpoint itself", hint="choose another --out")
         self._fingerprint = self.model.fingerprint()
         self.tokenizer = self._tokenizer()
-        cpus = usable_cpus()
-        steps = [s for a in self.plan.artifacts for s in a.steps]
-        self.workers = workers_for(steps, request.max_memory, cpus)
+        self.workers = _workers(request, self.plan)
 
     def _tokenizer(self) -> Mapping[str, Any]:
         """tokenizer.json, accepted by every format of the plan: found out before any work."""
@@ -153,7 +143,8 @@ class Run:
     def _export(self, artifact: ArtifactPlan, store: Store) -> tuple[Path, Provenance]:
         """The artifact's folder, made now or found finished, and what it holds."""
         folder = self._artifact_folder(artifact)
-        layouts = artifact.format.layout(self._job(artifact, provenance(self.model, artifact)))
+        job = self._job(artifact, provenance(self.model, artifact))
+        layouts = artifact.format.layout(job)
         if folder.exists():
             clean(folder)
             found = _manifest(folder)
@@ -171,7 +162,6 @@ class Run:
                     hint="--overwrite replaces it, --out puts this one elsewhere",
                 )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        job = self._job(artifact, provenance(self.model, artifact))
         source = self.model.checkpoint.read
         partial = export(folder, artifact.format, job, layouts, store, source, self.workers, self.progress)
         facts = provenance(self.model, artifact, store.digests(artifact.steps))
@@ -288,19 +278,28 @@ def preflight(request: RunRequest, profile: Profile) -> None:
         require_runtimes(request.device)
     if not must_download(request.model):
         return
-    outline = outline_model(request.model)
-    plan = make_plan(
-        outline.name,
-        outline.config,
-        outline.scheme_of,
+    plan = _plan(request, profile, outline_model(request.model))
+    require_fit(plan)
+    _workers(request, plan)
+    request.out.mkdir(parents=True, exist_ok=True)
+
+
+def _plan(request: RunRequest, profile: Profile, model: OpenedModel | ModelOutline) -> Plan:
+    """What the request makes of a model, opened or known in outline only."""
+    return make_plan(
+        model.name,
+        model.config,
+        model.scheme_of,
         profile,
         formats=request.formats,
         recipe=request.recipe,
         context=request.context,
     )
-    require_fit(plan)
-    workers_for([s for a in plan.artifacts for s in a.steps], request.max_memory, usable_cpus())
-    request.out.mkdir(parents=True, exist_ok=True)
+
+
+def _workers(request: RunRequest, plan: Plan) -> int:
+    """Leaves at once within the request's memory; Refused when not even one fits."""
+    return workers_for([s for a in plan.artifacts for s in a.steps], request.max_memory, usable_cpus())
 
 
 def _size(path: Path) -> int:

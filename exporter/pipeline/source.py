@@ -24,6 +24,7 @@ from exporter.checkpoint.hub import (
 from exporter.errors import UsageError
 from exporter.model import ModelConfig
 from exporter.model.released import RELEASED, released_repo
+from exporter.pipeline.files import file_stamp
 from exporter.pipeline.plan import released_scheme
 from exporter.pipeline.progress import Progress
 from exporter.types import Scheme, TensorSpec
@@ -37,6 +38,10 @@ class OpenedModel:
     checkpoint: Checkpoint
     hashes: dict[str, str]
 
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
     def scheme_of(self, spec: TensorSpec) -> Scheme:
         return self.checkpoint.scheme(spec.name)
 
@@ -48,10 +53,8 @@ class OpenedModel:
         """
         h = hashlib.sha256(json.dumps(self.checkpoint.config_raw, sort_keys=True).encode())
         for path in self.checkpoint.shards:
-            known = self.hashes.get(path.name)
-            stat = path.stat()
-            stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-            h.update(f"{path.name} {known or stamp}\n".encode())
+            known = self.hashes.get(path.name) or file_stamp(path)
+            h.update(f"{path.name} {known}\n".encode())
         return h.hexdigest()
 
 
@@ -68,7 +71,7 @@ class ModelOutline:
 def model_name(model: LocalModel | HubModel) -> str:
     """The folder and file name of a model's artifacts: the last part of its path or Hub id."""
     name = model.repo.split("/")[-1] if isinstance(model, HubModel) else model.path.resolve().name
-    if not name.isprintable() or (not name.isascii() and not _utf8(name)):
+    if not name.isprintable() or not _utf8(name):
         raise UsageError(f"the folder name {name!a} cannot name an artifact", hint="rename the folder, or link to it")
     return name or "model"
 

@@ -110,8 +110,7 @@ class Store:
 
     def _offset(self, step: Step, leaf: int) -> int:
         start = leaf_range(step.spec.shape, leaf)[0]
-        rows = start * int(np.prod(step.spec.shape[1:-1], dtype=np.int64)) if len(step.spec.shape) > 1 else 0
-        return self._offsets[step.name] + rows * step.scheme.row_bytes(step.spec.shape[-1])
+        return self._offsets[step.name] + start * (step.stored_bytes // step.spec.shape[0])
 
     def _read_data(self, step: Step, leaf: int) -> QTensor:
         scheme, k = step.scheme, step.spec.shape[-1]
