@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from exporter.model import ModelConfig
 from exporter.types import QTensor, Scheme, TensorSpec
@@ -38,7 +39,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ExportJob:
-    """Everything a format may need beside the numbers. The JSON values are parsed files of the checkpoint."""
+    """Everything a format may need beside the numbers. The JSON values are parsed files of the checkpoint.
+
+    `file(name)` gives the bytes of one of its small files, None where it has no such file.
+    """
 
     model_name: str
     config: ModelConfig
@@ -49,20 +53,51 @@ class ExportJob:
     generation_config: Mapping[str, Any]
     chat_template: str | None
     split_size: int = 0
+    file: Callable[[str], bytes | None] = lambda name: None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a file keeps one array of a packed tensor, whose indices are (i, j..., b), all in bytes.
+
+    The leading index i starts at `offset + i * lead`; each of `axes` is (count, stride), outermost first;
+    the last `width` bytes lie together. So a transposed matrix, or the even rows of an interleaved one,
+    is a part like any other: it is moved into place, and no format copies it about.
+    """
+
+    offset: int
+    lead: int
+    width: int
+    axes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of one leading index."""
+        return math.prod(count for count, _ in self.axes) * self.width
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Bytes of a file that no number decides (a zero point, a shape): made when needed, `nbytes` of them."""
+
+    offset: int
+    nbytes: int
+    make: Callable[[], U8]
 
 
 @dataclass(frozen=True)
 class FileLayout:
     """One output file, laid out before any number is written.
 
-    `head` is everything before the tensors; `offsets` where each canonical tensor starts. A leaf of a
-    tensor lies at `offset + start_row * bytes of a row`.
+    `head` is what it begins with, all of it for a small file that is only copied; `parts` where the
+    arrays of each canonical tensor go.
     """
 
     filename: str
     head: bytes
     size: int
-    offsets: Mapping[str, int]
+    parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    fixed: tuple[Fixed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,9 +105,11 @@ class Located:
     """Where a finished artifact keeps a canonical tensor."""
 
     path: Path
-    offset: int
-    nbytes: int
-    type: str
+    parts: tuple[Part, ...]
+
+
+# What proves an artifact: llama.cpp, or our own forward on the weights as they are read back from the files.
+Prover = Literal["llama.cpp", "reference"]
 
 
 class Format(Protocol):
@@ -80,7 +117,10 @@ class Format(Protocol):
 
     name: str
     title: str
-    extension: str
+    prover: Prover
+
+    def for_target(self, target: str) -> Format:
+        """This format as one kind of reader wants it, "" the default. Raises UsageError for an unknown one."""
 
     def schemes(self) -> Mapping[str, str]:
         """Scheme name -> the type that stores it exactly."""
@@ -91,20 +131,23 @@ class Format(Protocol):
     def refuse(self, scheme: Scheme, spec: TensorSpec) -> str | None:
         """Why this tensor cannot be stored exactly in `scheme`, or None."""
 
+    def refuse_steps(self, steps: Sequence[Step]) -> str | None:
+        """Why tensors that can be stored each alone cannot be stored together, or None."""
+
     def refuse_tokenizer(self, tokenizer: Mapping[str, Any], config: ModelConfig) -> str | None:
         """Why this tokenizer.json cannot be stored, or None."""
 
     def target(self, step: Step) -> Target:
         """Name, type, shape and bytes; pure."""
 
-    def pack(self, step: Step, q: QTensor) -> U8:
-        """The stored bytes of some leading indices, flat uint8."""
+    def pack(self, step: Step, q: QTensor) -> list[U8]:
+        """The stored bytes of some leading indices: for each part one array, [i, j..., b] in its own order."""
 
-    def unpack(self, step: Step, raw: U8) -> QTensor:
-        """The inverse of `pack` for a whole number of leading indices."""
+    def unpack(self, step: Step, arrays: Sequence[U8]) -> QTensor:
+        """The inverse of `pack` for a whole number of leading indices. Raises ValueError where there is none."""
 
     def layout(self, job: ExportJob) -> list[FileLayout]:
-        """All files of the artifact, sized; pure."""
+        """All files of the artifact, sized, the one with the most to say of the rest first; pure."""
 
     def locate(self, folder: Path, steps: Sequence[Step]) -> dict[str, Located]:
         """Read a finished artifact's own tables (bounded) and find every tensor of `steps` in it."""

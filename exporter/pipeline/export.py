@@ -18,13 +18,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from exporter.errors import ExporterError
-from exporter.formats.base import ExportJob, FileLayout, Format
+from exporter.formats.base import ExportJob, FileLayout, Format, Part
 from exporter.pipeline import leaves as parallel
+from exporter.pipeline import regions
 from exporter.pipeline.files import flushing, reserve, sync_folder, write_at, write_whole
 from exporter.pipeline.journal import Journal
 from exporter.pipeline.manifest import MARK, total_digest
@@ -32,6 +34,7 @@ from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import obtain, tasks
 from exporter.pipeline.store import Source, Store
 from exporter.types import leaf_range
+from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
 JOURNAL = "export.jsonl"
@@ -39,11 +42,11 @@ JOURNAL = "export.jsonl"
 
 @dataclass(frozen=True)
 class Place:
-    """Where the leaves of one tensor go: an open file, the tensor's start, bytes per leading index."""
+    """Where the leaves of one tensor go: an open file, its lock (see `regions.write`), the tensor's parts."""
 
     descriptor: int
-    offset: int
-    stride: int
+    lock: Lock
+    parts: tuple[Part, ...]
 
 
 class _Partial:
@@ -74,8 +77,10 @@ class _Partial:
             return False
 
     def stamp(self, layouts: Sequence[FileLayout], digests: Sequence[str]) -> None:
-        """Write the heads, every mark replaced by the digest it stands for."""
+        """Write what is not a tensor's: fixed bytes, and the heads, every mark replaced by its digest."""
         for descriptor, layout in zip(self.descriptors, layouts, strict=True):
+            for fixed in layout.fixed:
+                write_at(descriptor, [fixed.make()], fixed.offset)
             write_at(descriptor, [np.frombuffer(stamped(layout.head, digests), np.uint8)], 0)
             os.fsync(descriptor)
 
@@ -106,7 +111,8 @@ def export(
     partial = _Partial(folder.with_name(folder.name + ".partial"), layouts)
     try:
         places = _places(fmt, job.steps, layouts, partial.descriptors)
-        progress.stage(f"quantize, export {fmt.name}", sum(fmt.target(s).nbytes for s in job.steps))
+        nbytes = sum(s.spec.shape[0] * part.index_bytes for s in job.steps for part in places[s.name].parts)
+        progress.stage(f"quantize, export {fmt.name}", nbytes)
 
         def work(task: tuple[Step, int]) -> None:
             step, leaf = task
@@ -146,35 +152,38 @@ def stamped(head: bytes, digests: Sequence[str]) -> bytes:
 def _places(
     fmt: Format, steps: Sequence[Step], layouts: Sequence[FileLayout], descriptors: Sequence[int]
 ) -> dict[str, Place]:
-    file_of = {name: i for i, layout in enumerate(layouts) for name in layout.offsets}
-    places = {}
-    for step in steps:
-        i = file_of[step.name]
-        stride = fmt.target(step).nbytes // step.spec.shape[0]
-        places[step.name] = Place(descriptors[i], layouts[i].offsets[step.name], stride)
+    places: dict[str, Place] = {}
+    for descriptor, layout in zip(descriptors, layouts, strict=True):
+        lock = Lock()
+        places |= {name: Place(descriptor, lock, parts) for name, parts in layout.parts.items()}
+    if missing := [step.name for step in steps if step.name not in places]:
+        raise ExporterError(f"{fmt.name} has no place for {missing[0]}")
     return places
 
 
 def _export_leaf(
     fmt: Format, step: Step, leaf: int, place: Place, store: Store, source: Source, partial: _Partial
 ) -> int:
+    """Returns the bytes written."""
     start, stop = leaf_range(step.spec.shape, leaf)
-    offset, nbytes = place.offset + start * place.stride, (stop - start) * place.stride
+    nbytes = sum((stop - start) * part.index_bytes for part in place.parts)
     if (step.name, leaf) in partial.written and store.has(step, leaf):
-        raw = np.frombuffer(os.pread(place.descriptor, nbytes, offset), np.uint8)
-        if _intact(fmt, step, raw, store.leaf_digest(step, leaf)):
+        arrays = regions.read_all(place.descriptor, place.parts, start, stop)
+        if arrays is not None and _intact(fmt, step, arrays, store.leaf_digest(step, leaf)):
             return nbytes
     packed = fmt.pack(step, obtain(store, step, leaf, source))
-    if packed.nbytes != nbytes:
-        raise ExporterError(f"{fmt.name} packed {step.name} into {packed.nbytes:,} bytes instead of {nbytes:,}")
-    write_at(place.descriptor, [packed], offset)
+    if [a.size for a in packed] != [(stop - start) * part.index_bytes for part in place.parts]:
+        sizes = ", ".join(f"{a.size:,}" for a in packed)
+        raise ExporterError(f"{fmt.name} packed {step.name} into {sizes} bytes instead of {nbytes:,} as laid out")
+    for part, array in zip(place.parts, packed, strict=True):
+        regions.write(place.descriptor, part, start, array, place.lock)
     partial.commit(step.name, leaf)
     return nbytes
 
 
-def _intact(fmt: Format, step: Step, raw: np.ndarray[Any, Any], digest: bytes) -> bool:
+def _intact(fmt: Format, step: Step, arrays: Sequence[U8], digest: bytes) -> bool:
     try:
-        return fmt.unpack(step, raw).leaf_digest() == digest
+        return fmt.unpack(step, arrays).leaf_digest() == digest
     except ValueError:
         return False
 

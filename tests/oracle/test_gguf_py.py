@@ -29,7 +29,7 @@ def values_agree(scheme: Scheme, seed: int = 5) -> bool:
     q, step = random_tensor(scheme, shape, seed), step_of(scheme, shape)
     if scheme.name == "mxfp4":
         q.scales[:] = np.clip(q.scales, 2, 250)  # gguf-py does not decode the subnormal ones
-    found = decoded_by_gguf_py(FMT.pack(step, q), FMT.target(step).type, shape)
+    found = decoded_by_gguf_py(FMT.pack(step, q)[0], FMT.target(step).type, shape)
     return np.array_equal(found, decode.values(q))
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exporter.errors import ExporterError, Refused
-from exporter.formats.base import ExportJob, FileLayout, Located, Target
+from exporter.formats.base import ExportJob, FileLayout, Format, Located, Part, Prover, Target
 from exporter.formats.gguf import blocks, file
 from exporter.formats.gguf.blocks import BlockType
 from exporter.formats.gguf.keys import metadata, split_keys
@@ -54,10 +55,24 @@ def tensor_name(canonical: str) -> str:
     return f"blk.{layer}.{_LAYER_NAMES[stem]}.{kind}"
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A tensor as a finished file's own table gives it."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    type: str
+
+
 class Gguf:
     name = "gguf"
     title = "llama.cpp, Ollama, LM Studio"
-    extension = ".gguf"
+    prover: Prover = "llama.cpp"
+
+    def for_target(self, target: str) -> Format:
+        """One kind of GGUF serves all its readers: a target only tells two artifacts of a profile apart."""
+        return self
 
     def schemes(self) -> Mapping[str, str]:
         return {
@@ -113,6 +128,10 @@ class Gguf:
             return f"last axis is {k}, which {kind.name}'s block of {kind.block} does not divide"
         return None
 
+    def refuse_steps(self, steps: Sequence[Step]) -> str | None:
+        """Nothing: a GGUF holds every tensor by itself."""
+        return None
+
     def refuse_tokenizer(self, tokenizer: Mapping[str, Any], config: ModelConfig) -> str | None:
         return refuse_tokenizer(tokenizer, config.vocab_size)
 
@@ -127,10 +146,11 @@ class Gguf:
         nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
         return Target(tensor_name(step.name), kind.name, shape, nbytes)
 
-    def pack(self, step: Step, q: QTensor) -> U8:
-        return self._type_of(step).pack(q)
+    def pack(self, step: Step, q: QTensor) -> list[U8]:
+        return [self._type_of(step).pack(q)]
 
-    def unpack(self, step: Step, raw: U8) -> QTensor:
+    def unpack(self, step: Step, arrays: Sequence[U8]) -> QTensor:
+        raw = arrays[0].reshape(-1)
         kind, k = self._type_of(step), step.spec.shape[-1]
         q = kind.unpack(raw, step.name, step.scheme)
         rows = raw.size // kind.row_bytes(k)
@@ -165,18 +185,23 @@ class Gguf:
         return parts
 
     def _file(self, name: str, keys: Mapping[str, file.Value], steps: Sequence[Step]) -> FileLayout:
-        infos, relative, at = [], {}, 0
+        infos, starts, at = [], {}, 0
         for step in steps:
             target = self.target(step)
             infos.append(file.TensorInfo(target.name, target.shape, self._type_of(step).id, at))
-            relative[step.name] = at
+            starts[step] = at
             at += file.align(target.nbytes)
         head = file.encode_head(keys, infos)
-        offsets = {n: len(head) + o for n, o in relative.items()}
-        return FileLayout(name, head, len(head) + at, offsets)
+        parts = {step.name: (self._part(step, len(head) + start),) for step, start in starts.items()}
+        return FileLayout(name, head, len(head) + at, parts)
+
+    def _part(self, step: Step, offset: int) -> Part:
+        """A tensor is one run of bytes."""
+        each = self.target(step).nbytes // step.spec.shape[0]
+        return Part(offset, each, each)
 
     def locate(self, folder: Path, steps: Sequence[Step]) -> dict[str, Located]:
-        found: dict[str, Located] = {}
+        found: dict[str, _Found] = {}
         for path in sorted(folder.glob("*.gguf")):
             gguf = file.read_gguf(path)
             for t in gguf.tensors:
@@ -198,10 +223,10 @@ class Gguf:
                         f"{path.name}: tensor {t.name} appears twice",
                         hint="exporter quantize ... --overwrite makes it again",
                     )
-                found[t.name] = Located(path, start, nbytes, kind.name)
+                found[t.name] = _Found(path, start, nbytes, kind.name)
         return self._match(folder, steps, found)
 
-    def _match(self, folder: Path, steps: Sequence[Step], found: dict[str, Located]) -> dict[str, Located]:
+    def _match(self, folder: Path, steps: Sequence[Step], found: dict[str, _Found]) -> dict[str, Located]:
         """`found` by canonical name; every step present with its planned type and size, nothing else."""
         located: dict[str, Located] = {}
         for step in steps:
@@ -214,7 +239,7 @@ class Gguf:
                     f"{folder.name}: tensor {target.name} {what}; {wanted}",
                     hint="exporter quantize ... --overwrite makes it again",
                 )
-            located[step.name] = place
+            located[step.name] = Located(place.path, (self._part(step, place.offset),))
         if found:
             raise ExporterError(
                 f"{folder.name}: unknown tensor {min(found)}", hint="exporter quantize ... --overwrite makes it again"
