@@ -1,8 +1,8 @@
 """A Hugging Face Hub on loopback, for tests with the real client: the read side.
 
-It answers what huggingface_hub 2.4 asks when it lists and downloads model files: resolving a
-revision, listing a tree, HEAD and GET of /resolve with ranges, and large files behind a redirect to
-another host name, as the CDN is. `hub.requests` is the log; `hub.inject` plans faults.
+It answers what huggingface_hub 2.4 asks when it lists and downloads files of models and datasets:
+resolving a revision, listing a tree, HEAD and GET of /resolve with ranges, and large files behind a
+redirect to another host name, as the CDN is. `hub.requests` is the log; `hub.inject` plans faults.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self._faults: list[tuple[str, str, Fault]] = []
 
     def repo(self, name: str, files: Mapping[str, bytes]) -> Repo:
-        """A repository with one commit on main."""
+        """A repository with one commit on main; a dataset's name is "datasets/org/name"."""
         repo = self.repos[name] = Repo(name)
         repo.commit(files)
         return repo
@@ -249,7 +249,10 @@ class _Handler(BaseHTTPRequestHandler):
             blobs = (b for r in self.server.repos.values() for t in r.commits.values() for b in t.values())
             blob = next((b for b in blobs if b.sha256 == parts[1]), None)
             return self._body(blob.data, {}) if blob else self._error(404, "", "no such object")
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
+        dataset = "datasets/" if "datasets" in (parts[0], *parts[1:2]) else ""
+        if parts[0] == "datasets":
+            parts = parts[1:]
+        if parts[0] == "api" and parts[1:2] in (["models"], ["datasets"]) and len(parts) >= 4:
             name, verb, rest = "/".join(parts[2:4]), (parts[4:5] or ["revision"])[0], parts[5:]
         elif len(parts) >= 5 and parts[2] == "resolve":
             name, verb, rest = "/".join(parts[:2]), "resolve", parts[3:]
@@ -257,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "", f"no route {path}")
         if token and token not in self.server.tokens:
             return self._error(401, "", "Invalid credentials in Authorization header")
-        repo = self.server.repos.get(name)
+        repo = self.server.repos.get(dataset + name)
         if repo is None or (repo.private and not token):
             # The Hub does not say whether a repository that you cannot see exists.
             return self._error(404 if token else 401, "RepoNotFound", "Repository not found")

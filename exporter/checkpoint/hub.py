@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.checkpoint import hub_client
-from exporter.checkpoint.hub_client import HubClient, explained, partial_path
+from exporter.checkpoint.hub_client import HubClient, Kind, explained, partial_path
 from exporter.checkpoint.hub_files import (
     FileDigest,
     Record,
@@ -65,6 +65,7 @@ class HubModel:
 
     repo: str
     revision: str | None = None
+    kind: Kind = "model"
 
     def __str__(self) -> str:
         return self.repo + (f"@{self.revision}" if self.revision else "")
@@ -123,7 +124,7 @@ def parse_model(text: str) -> LocalModel | HubModel:
 
 def list_files(model: HubModel, *, cache_dir: Path | None = None, endpoint: str | None = None) -> HubListing:
     """The files that `fetch` would bring, with sizes and hashes; downloads the shard index only."""
-    with _opened(model, cache_dir, endpoint) as job:
+    with opened(model, cache_dir, endpoint) as job:
         files = tuple(job.files)
         missing = sum(f.size for f in files if not (job.snapshot / f.name).exists())
         return HubListing(model.repo, job.revision, files, missing)
@@ -143,13 +144,13 @@ def fetch(
     set. Raises ExporterError: UsageError (no such model or revision), Refused (no access, no space,
     only pickle files), BadCheckpoint (index), and others that a second run can cure.
     """
-    with _opened(model, cache_dir, endpoint) as job:
+    with opened(model, cache_dir, endpoint) as job:
         return job.ensure(job.files, on_progress)
 
 
 def fetch_metadata(model: HubModel, *, cache_dir: Path | None = None, endpoint: str | None = None) -> HubSnapshot:
     """Configuration, tokenizer, index and card only: what `plan` reads. Raises as `fetch` does."""
-    with _opened(model, cache_dir, endpoint) as job:
+    with opened(model, cache_dir, endpoint) as job:
         return job.ensure([f for f in job.files if f.name in METADATA], None)
 
 
@@ -159,14 +160,14 @@ def fetch_headers(model: HubModel, *, cache_dir: Path | None = None, endpoint: s
     Two ranged requests a shard at most, so that a plan needs no weights. Not hashed: a header is
     checked as part of its shard when that is fetched. Raises as `fetch` does.
     """
-    with _opened(model, cache_dir, endpoint) as job:
+    with opened(model, cache_dir, endpoint) as job:
         return {f.name: job.header(f) for f in job.files if f.name.endswith(".safetensors")}
 
 
 # --- one request ----------------------------------------------------------------------------------
 
 
-class _Job:
+class Job:
     """One commit of one repository, with the files selected."""
 
     def __init__(self, client: HubClient, storage: Path, record: Record) -> None:
@@ -179,9 +180,9 @@ class _Job:
     def files(self) -> list[RemoteFile]:
         return sorted(self.record.files.values(), key=lambda f: (f.name not in METADATA, f.name))
 
-    def select(self) -> None:
-        """Fill the record from the Hub's listing and the shard index."""
-        root = {f.name: f for f in self.client.root_files(self.revision)}
+    def model_files(self) -> dict[str, RemoteFile]:
+        """What a conversion needs, from the Hub's listing and the shard index."""
+        root = {f.name: f for f in self.client.files(self.revision)}
         chosen = [root[n] for n in METADATA if n in root and _wanted(root[n])]
         index = root.get(INDEX)
         if index:
@@ -192,8 +193,7 @@ class _Job:
         for f in files.values():
             if f.algorithm == "sha256" and known.get(f.name, f.digest) != f.digest:
                 raise self._unlike_release(f.name)
-        self.record.files = files
-        self.record.save()
+        return files
 
     def ensure(self, files: Iterable[RemoteFile], on_progress: Progress | None) -> HubSnapshot:
         """Download what is missing of `files` and check all of them."""
@@ -284,12 +284,18 @@ class _Job:
 
 
 @contextmanager
-def _opened(model: HubModel, cache_dir: Path | None, endpoint: str | None) -> Iterator[_Job]:
+def opened(
+    model: HubModel,
+    cache_dir: Path | None,
+    endpoint: str | None,
+    select: Callable[[Job], dict[str, RemoteFile]] = Job.model_files,
+) -> Iterator[Job]:
+    """One commit of a repository; `select` chooses its files when it is met for the first time."""
     hub_client.require()
     cache = (cache_dir or hub_client.default_cache()).resolve()
-    client = HubClient(model.repo, cache, endpoint)
-    storage = cache / f"models--{model.repo.replace('/', '--')}"
-    with explained(str(model), model.repo, client.endpoint, cache):
+    client = HubClient(model.repo, cache, endpoint, model.kind)
+    storage = cache / f"{model.kind}s--{model.repo.replace('/', '--')}"
+    with explained(str(model), client):
         asked = model.revision or "main"
         if _COMMIT.fullmatch(asked):
             revision = asked
@@ -298,11 +304,12 @@ def _opened(model: HubModel, cache_dir: Path | None, endpoint: str | None) -> It
         else:
             revision = client.resolve(asked)
             remember_revision(storage, asked, revision)
-        job = _Job(client, storage, Record.load(storage, revision))
+        job = Job(client, storage, Record.load(storage, revision))
         if not job.record.files:
             if hub_client.offline():
                 raise _offline(f"{model} is not in the cache ({cache})")
-            job.select()
+            job.record.files = select(job)
+            job.record.save()
         yield job
 
 

@@ -15,13 +15,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from exporter import __version__
 from exporter.checkpoint.hub_files import RemoteFile
 from exporter.errors import ExporterError, MissingExtra, Refused, UsageError
 
 T = TypeVar("T")
+Kind = Literal["model", "dataset"]
 
 _CHUNK = 1 << 20
 _RETRY_STATUS = (408, 429, 500, 502, 503, 504)
@@ -56,10 +57,10 @@ def offline() -> bool:
 class HubClient:
     """One repository at one endpoint. Methods raise the client's own errors; see `explained`."""
 
-    def __init__(self, repo: str, cache: Path, endpoint: str | None = None) -> None:
+    def __init__(self, repo: str, cache: Path, endpoint: str | None = None, kind: Kind = "model") -> None:
         from huggingface_hub import HfApi, constants
 
-        self.repo, self.cache = repo, cache
+        self.repo, self.cache, self.kind = repo, cache, kind
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._api = HfApi(endpoint=self.endpoint, library_name="exporter", library_version=__version__)
 
@@ -68,7 +69,10 @@ class HubClient:
         from huggingface_hub import constants
 
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = _retry(ASK_WAITS, lambda: self._api.model_info(self.repo, revision=revision, timeout=timeout))
+        info = _retry(
+            ASK_WAITS,
+            lambda: self._api.repo_info(self.repo, repo_type=self.kind, revision=revision, timeout=timeout),
+        )
         sha = info.sha or ""
         if len(sha) != 40 or set(sha) - set("0123456789abcdef"):
             raise ExporterError(
@@ -77,12 +81,13 @@ class HubClient:
             )
         return sha
 
-    def root_files(self, revision: str) -> list[RemoteFile]:
-        """Files at the root of a commit; folders are not entered."""
+    def files(self, revision: str, recursive: bool = False) -> list[RemoteFile]:
+        """Files of a commit; folders are entered when `recursive`."""
         from huggingface_hub.hf_api import RepoFile
 
-        entries = self._api.list_repo_tree(self.repo, revision=revision)  # the client retries this itself
-        return [_remote(e) for e in entries if isinstance(e, RepoFile) and "/" not in e.path]
+        # The client retries this itself.
+        entries = self._api.list_repo_tree(self.repo, repo_type=self.kind, revision=revision, recursive=recursive)
+        return [_remote(e) for e in entries if isinstance(e, RepoFile) and (recursive or "/" not in e.path)]
 
     def fetch(self, file: RemoteFile, revision: str, storage: Path, on_bytes: Callable[[int], None]) -> None:
         """Bring one file into the cache and into the snapshot of `revision`. Not verified here."""
@@ -125,7 +130,7 @@ class HubClient:
         headers["Accept-Encoding"] = "identity"  # ranges count bytes of the file, not of a gzip stream
         if byte_range:
             headers["Range"] = byte_range
-        url = hf_hub_url(self.repo, file.name, revision=revision, endpoint=self.endpoint)
+        url = hf_hub_url(self.repo, file.name, repo_type=self.kind, revision=revision, endpoint=self.endpoint)
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
             hf_raise_for_status(response)
@@ -181,6 +186,7 @@ class HubClient:
                 return hf_hub_download(
                     self.repo,
                     file.name,
+                    repo_type=self.kind,
                     revision=revision,
                     cache_dir=self.cache,
                     endpoint=self.endpoint,
@@ -290,10 +296,10 @@ def _pause(error: Exception, waits: list[float]) -> float | None:
 
 
 @contextlib.contextmanager
-def explained(what: str, repo: str, endpoint: str, cache: Path) -> Iterator[None]:
+def explained(what: str, client: HubClient) -> Iterator[None]:
     """Turn the client's errors into ExporterError, and keep its log lines off the screen.
 
-    `what` is the model as the user named it. No message carries a token or a signed address.
+    `what` is the repository as the user named it. No message carries a token or a signed address.
     """
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -303,7 +309,7 @@ def explained(what: str, repo: str, endpoint: str, cache: Path) -> Iterator[None
     except ExporterError:
         raise
     except Exception as error:
-        told = _explain(error, what, repo, endpoint, cache)
+        told = _explain(error, what, client)
         if told is None:
             raise
         raise told from error
@@ -311,9 +317,11 @@ def explained(what: str, repo: str, endpoint: str, cache: Path) -> Iterator[None
         logger.setLevel(level)
 
 
-def _explain(error: BaseException, what: str, repo: str, endpoint: str, cache: Path) -> ExporterError | None:
+def _explain(error: BaseException, what: str, client: HubClient) -> ExporterError | None:
     import httpx2
     from huggingface_hub import errors
+
+    repo, endpoint, kind = client.repo, client.endpoint, client.kind
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # the client wraps the real reason when it finds no cached copy
@@ -321,14 +329,14 @@ def _explain(error: BaseException, what: str, repo: str, endpoint: str, cache: P
     if isinstance(error, errors.GatedRepoError):
         return Refused(
             f"{repo} is gated: its owner must grant you access",
-            hint=f"accept the terms on {endpoint}/{repo}, then: hf auth login",
+            hint=f"accept the terms on {endpoint}/{'datasets/' * (kind == 'dataset')}{repo}, then: hf auth login",
         )
     if isinstance(error, errors.DisabledRepoError):
         return Refused(f"{repo} has been disabled on the Hub", hint="use another repository")
     if isinstance(error, errors.RepositoryNotFoundError):
         return UsageError(
-            f"no model {repo} on {endpoint}, or it is private",
-            hint="check the name; for a private model: hf auth login",
+            f"no {kind} {repo} on {endpoint}, or it is private",
+            hint=f"check the name; for a private {kind}: hf auth login",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return UsageError(f"{what}: no such branch, tag or commit", hint=f"leave @... out to use main of {repo}")
@@ -353,7 +361,7 @@ def _explain(error: BaseException, what: str, repo: str, endpoint: str, cache: P
             f"the Xet transfer of {what} failed: {str(error)[:200]}",
             hint="HF_HUB_DISABLE_XET=1 downloads the same files without Xet",
         )
-    return _explain_os(error, what, cache, again) if isinstance(error, OSError) else None
+    return _explain_os(error, what, client.cache, again) if isinstance(error, OSError) else None
 
 
 def _explain_status(status: int, what: str, endpoint: str, again: str) -> ExporterError:

@@ -86,6 +86,11 @@ def discard(path: Path, within: Path) -> None:
         path = target
 
 
+def _inside(name: str) -> bool:
+    """Whether a name leads to a place in the snapshot's folder."""
+    return not name.startswith("/") and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
 def _stamp(path: Path) -> list[int]:
     s = path.stat()
     return [s.st_size, s.st_mtime_ns, s.st_ino]
@@ -113,7 +118,7 @@ class Record:
         record = Record(storage, revision)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             raw = json.loads(record.path.read_bytes())
-            files = {n: RemoteFile(n, **f).check() for n, f in raw["files"].items() if n == Path(n).name}
+            files = {n: RemoteFile(n, **f).check() for n, f in raw["files"].items() if _inside(n)}
             checked = {n: (str(c["sha256"]), list(c["stamp"])) for n, c in raw["checked"].items()}
             record.files, record.checked = files, checked
         return record

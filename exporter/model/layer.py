@@ -9,7 +9,10 @@ variants go through a layer together, so that each expert is decoded once for al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import MissingExtra
@@ -31,8 +34,12 @@ _SCORES = 1 << 24  # attention scores held at once: 64 MiB
 _ROWS = 4096  # token rows that go through an expert, the router or the head at once
 
 
+@functools.cache
 def import_torch() -> Any:
     """The torch module. Raises MissingExtra."""
+    # Threads that wait for work give their processor up. By default they spin, and beside any other busy process
+    # a small operation then takes ten times as long. Read once, when torch loads its OpenMP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         import torch
     except ModuleNotFoundError as missing:
@@ -93,61 +100,74 @@ class Layer:
         """Add attention's output to x [R, W, T, H]; variant r rotates as ropes[r] says."""
         torch, c = import_torch(), self.config
         length, hidden = x.shape[-2:]
-        heads, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         norm = self.weight("input_layernorm.weight", hidden)
-        sinks = self.weight("self_attn.sinks", heads)
-        projections = {
-            name: (
-                self.weight(f"self_attn.{name}_proj.weight", rows),
-                self.weight(f"self_attn.{name}_proj.bias", rows),
-            )
-            for name, rows in (("q", heads * d), ("k", kv_heads * d), ("v", kv_heads * d), ("o", hidden))
-        }
-        names = {name: f"{self.prefix}self_attn.{name}_proj.weight" for name in projections}
+        sinks = self.weight("self_attn.sinks", c.num_attention_heads)
+        weights = {name: self.projection(name) for name in "qkvo"}
+        names = {name: f"{self.prefix}self_attn.{name}_proj.weight" for name in "qkvo"}
         for variant, rope in zip(x, ropes, strict=True):
-            angle = torch.arange(length, dtype=torch.float32)[:, None] * torch.from_numpy(
-                inverse_frequencies(rope, d)
-            )  # [T, D/2]
-            factor = attention_factor(rope)
-            cos, sin = ((f(angle) * factor).to(self.device) for f in (torch.cos, torch.sin))
+            cos, sin = self.rotation(length, rope)
             for window in variant:  # [T, H]
                 h = rms_norm(window, norm, c.rms_norm_eps)
                 self.observe((names["q"], names["k"], names["v"]), None, h)
-                q, k, v = (  # [heads, T, D]
-                    torch.addmm(bias, h, weight.T).view(length, -1, d).transpose(0, 1)
-                    for weight, bias in (projections["q"], projections["k"], projections["v"])
-                )
-                mixed = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, sinks)  # [T, heads * D]
+                mixed = self.mix(h, weights, sinks, cos, sin)
                 self.observe((names["o"],), None, mixed)
-                weight, bias = projections["o"]
+                weight, bias = weights["o"]
                 window += torch.addmm(bias, mixed, weight.T)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-        """Causal attention [T, heads * D] of q [heads, T, D], k and v [kv_heads, T, D], sinks [heads].
+    def projection(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight [N, K] and bias [N] of "q", "k", "v" or "o"."""
+        c = self.config
+        heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+        rows = heads[name] * c.head_dim if name in heads else c.hidden_size
+        stem = f"self_attn.{name}_proj"
+        return self.weight(f"{stem}.weight", rows), self.weight(f"{stem}.bias", rows)
 
-        A sink is one more column of scores that every query sees and that carries no value. A
-        sliding layer's window counts the query itself: it sees keys t - window + 1 ... t.
+    def rotation(self, length: int, rope: RopeConfig, start: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, D/2] of the positions start ... start + length - 1."""
+        torch = import_torch()
+        angle = torch.arange(start, start + length, dtype=torch.float32)[:, None] * torch.from_numpy(
+            inverse_frequencies(rope, self.config.head_dim)
+        )
+        factor = attention_factor(rope)
+        return (torch.cos(angle) * factor).to(self.device), (torch.sin(angle) * factor).to(self.device)
+
+    def mix(
+        self, h: Tensor, weights: Mapping[str, tuple[Tensor, Tensor]], sinks: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """What the output projection sees, [..., T, heads * D], of normalised windows h [..., T, H]."""
+        linear, d = import_torch().nn.functional.linear, self.config.head_dim
+        q, k, v = (linear(h, *weights[n]).unflatten(-1, (-1, d)).transpose(-3, -2) for n in "qkv")  # [..., heads, T, D]
+        return self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, sinks)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        """Causal attention [..., T, heads * D] of q [..., heads, T, D], k and v [..., kv_heads, S, D], sinks [heads].
+
+        The T queries are the last of the S positions. A sink is one more column of scores that every
+        query sees and that carries no value. A sliding layer's window counts the query itself: it
+        sees keys t - window + 1 ... t.
         """
         torch = import_torch()
-        heads, length, d = q.shape
-        groups = k.shape[0]
-        q = q.reshape(groups, heads // groups, length, d)
-        keys, values = k[:, None], v[:, None]  # [groups, 1, T, D]
+        *batch, heads, length, d = q.shape
+        groups, total = k.shape[-3:-1]
+        past = total - length
+        q = q.reshape(*batch, groups, heads // groups, length, d)
+        keys, values = k.unsqueeze(-3), v.unsqueeze(-3)  # [..., groups, 1, S, D]
         column = sinks.view(groups, -1, 1, 1)
         window = self.window()
-        out = torch.empty((length, heads * d), device=q.device)
-        step = max(16, _SCORES // (heads * length))
+        out = torch.empty((*batch, length, heads * d), device=q.device)
+        step = max(16, _SCORES // (math.prod(batch) * heads * total))
         for start in range(0, length, step):
             stop = min(start + step, length)
-            first = 0 if window is None else max(0, start - window + 1)
-            scores = q[:, :, start:stop] @ keys[:, :, first:stop].transpose(-1, -2)
-            scores *= d**-0.5  # [groups, heads/groups, t, s]
-            back = torch.arange(start, stop)[:, None] - torch.arange(first, stop)  # how far back a key is
+            first = 0 if window is None else max(0, past + start - window + 1)
+            last = past + stop
+            scores = q[..., start:stop, :] @ keys[..., first:last, :].transpose(-1, -2)
+            scores *= d**-0.5  # [..., groups, heads/groups, t, s]
+            back = torch.arange(past + start, last)[:, None] - torch.arange(first, last)  # how far back a key is
             hidden = back < 0 if window is None else (back < 0) | (back >= window)
             scores.masked_fill_(hidden.to(q.device), -torch.inf)
             with_sink = torch.cat((scores, column.expand(*scores.shape[:-1], 1)), dim=-1)
-            mixed = torch.softmax(with_sink, dim=-1)[..., :-1] @ values[:, :, first:stop]
-            out[start:stop] = mixed.permute(2, 0, 1, 3).reshape(stop - start, -1)
+            mixed = torch.softmax(with_sink, dim=-1)[..., :-1] @ values[..., first:last, :]
+            out[..., start:stop, :] = mixed.movedim(-2, -4).reshape(*batch, stop - start, -1)
         return out  # type: ignore[no-any-return]
 
     def window(self) -> int | None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,19 @@ from exporter.pipeline.progress import Progress
 from exporter.types import Scheme, TensorSpec
 
 
+def fingerprint(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> str:
+    """Changes when the weights or the configuration do.
+
+    Hashes where the Hub gave them; otherwise sizes, times and inodes, which cost nothing. The time of the
+    last change of the inode cannot be set by a copy or a touch, as the modification time can.
+    """
+    h = hashlib.sha256(json.dumps(checkpoint.config_raw, sort_keys=True).encode())
+    for path in checkpoint.shards:
+        known = hashes.get(path.name) or file_stamp(path)
+        h.update(f"{path.name} {known}\n".encode())
+    return h.hexdigest()
+
+
 @dataclass(frozen=True)
 class OpenedModel:
     """A checkpoint ready to be read. `hashes`: SHA-256 by file name where they are known already."""
@@ -46,16 +59,7 @@ class OpenedModel:
         return self.checkpoint.scheme(spec.name)
 
     def fingerprint(self) -> str:
-        """Changes when the weights or the configuration do.
-
-        Hashes where the Hub gave them; otherwise sizes, times and inodes, which cost nothing. The time of the
-        last change of the inode cannot be set by a copy or a touch, as the modification time can.
-        """
-        h = hashlib.sha256(json.dumps(self.checkpoint.config_raw, sort_keys=True).encode())
-        for path in self.checkpoint.shards:
-            known = self.hashes.get(path.name) or file_stamp(path)
-            h.update(f"{path.name} {known}\n".encode())
-        return h.hexdigest()
+        return fingerprint(self.checkpoint, self.hashes)
 
 
 @dataclass(frozen=True)

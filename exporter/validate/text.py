@@ -8,7 +8,6 @@ different text, so a report carries the text's digest.
 from __future__ import annotations
 
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,49 +90,6 @@ def standard_library(part: Part = "held-out", root: Path | None = None) -> Text:
     version = sysconfig.get_python_version()
     source = f"standard library of Python {version}, {part} files"
     return Text(tuple(content for _, content in sorted(found)), source)
-
-
-def from_file(path: Path) -> Text:
-    """A user's text: a plain file is one document; each line of a .jsonl has "text" or "messages".
-
-    Messages are written in the harmony format that gpt-oss was trained on.
-    """
-    try:
-        content = path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", hint="give a readable text or .jsonl file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from error
-    if path.suffix != ".jsonl":
-        documents = [content]
-    else:
-        lines = enumerate(content.split("\n"), 1)
-        documents = [_document(line, f"{path}:{number}") for number, line in lines if line.strip()]
-    documents = [d for d in documents if d.strip()]
-    if not documents:
-        raise UsageError(f"{path} holds no text", hint="give a text that is not empty")
-    return Text(tuple(documents), path.name)
-
-
-def _document(line: str, where: str) -> str:
-    try:
-        entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not JSON ({error.msg})", hint="a .jsonl has one object on each line") from error
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return str(entry["text"])
-    messages = entry.get("messages") if isinstance(entry, dict) else None
-    if isinstance(messages, list):
-        return "".join(_harmony(message, where) for message in messages)
-    raise UsageError(f'{where}: neither "text" nor "messages"', hint='use {"text": "..."} on each line')
-
-
-def _harmony(message: Any, where: str) -> str:
-    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise UsageError(f"{where}: a message needs a role and a content, both text", hint="drop that line")
-    channel = f"<|channel|>{message.get('channel', 'final')}" if role == "assistant" else ""
-    return f"<|start|>{role}{channel}<|message|>{content}<|end|>"
 
 
 def load_tokenizer(tokenizer_file: Path) -> Any:

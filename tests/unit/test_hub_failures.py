@@ -268,7 +268,7 @@ def test_a_full_disk_is_one_clear_line(server: LoopbackHub, tmp_path: Path) -> N
 def test_a_failed_xet_transfer_names_the_way_around(tmp_path: Path) -> None:
     with (
         pytest.raises(ExporterError, match="the Xet transfer of a/b@c failed: Internal error") as caught,
-        hub_client.explained("a/b@c", "a/b", "https://hub", tmp_path),
+        hub_client.explained("a/b@c", hub_client.HubClient("a/b", tmp_path, "https://hub")),
     ):
         raise RuntimeError("Internal error: shard dedup")
     assert "HF_HUB_DISABLE_XET=1" in (caught.value.hint or "")

@@ -226,40 +226,6 @@ def test_windows_take_turns_over_documents() -> None:
         text.windows(TOKENIZER, sample, 1, 1)
 
 
-def test_a_users_text(tmp_path: Path) -> None:
-    plain = tmp_path / "a.txt"
-    plain.write_text("hello")
-    assert text.from_file(plain).documents == ("hello",)
-    lines = tmp_path / "b.jsonl"
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "channel": "final"}]
-    lines.write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps({"messages": messages}) + "\n")
-    assert text.from_file(lines).documents == (
-        "one",
-        "<|start|>user<|message|>hi<|end|><|start|>assistant<|channel|>final<|message|>yes<|end|>",
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b'{"text": "a"}\n{nonsense\n', "b.jsonl:2: not JSON"),
-        (b'{"prompt": "a"}\n', 'b.jsonl:1: neither "text" nor "messages"'),
-        (b'{"messages": [{"role": "user"}]}\n', "b.jsonl:1: a message needs a role"),
-        (b"[1]\n", "b.jsonl:1: neither"),
-        (b"\xff\n", "not UTF-8 text"),
-        (b"\n", "holds no text"),
-    ],
-)
-def test_a_users_text_that_cannot_be_used(tmp_path: Path, content: bytes, problem: str) -> None:
-    path = tmp_path / "b.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=problem) as error:
-        text.from_file(path)
-    assert error.value.hint
-    with pytest.raises(UsageError, match="No such file"):
-        text.from_file(tmp_path / "missing.txt")
-
-
 def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ExporterError, match="is missing"):
         text.load_tokenizer(tmp_path / "tokenizer.json")
