@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,13 @@ def guarded(call: Callable[[], Any], as_json: bool) -> int:
         _debug()
         what = f"internal error: {type(e).__name__}: {e}".splitlines()[0][:300]
         return _report(what, "EXPORTER_DEBUG=1 shows where; please report it", 1, as_json)
+
+
+def stoppable() -> None:
+    """A job scheduler's polite stop and a lost terminal are interruptions like any other; nohup stays nohup."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _of_system(e: OSError) -> tuple[str, str | None]:

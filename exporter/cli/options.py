@@ -39,4 +39,20 @@ out = click.option(
     show_default=True,
     help="Artifacts go to OUT/<model>/<profile>/.",
 )
+max_memory = click.option(
+    "--max-memory", type=Size(), default="4G", show_default=True, help="Ceiling for what conversion holds."
+)
+calibration = click.option(
+    "--calibration",
+    metavar="TEXT",
+    help="What gptq learns from: standard-library, self, a file or folder, or a Hub dataset; see docs/calibration.md.",
+)
+device = click.option(
+    "--device",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="For calibration and reference: auto, cpu, cuda.",
+)
+quiet = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -1,13 +1,18 @@
-"""exporter plan: what a profile would make of a model. Reads headers, writes nothing."""
+"""exporter plan: what a profile would make of a model, from its headers; or what it should, by measurement."""
 
 from __future__ import annotations
 
+import shlex
+import time
+from pathlib import Path
 from typing import Any
 
 import click
 
 from exporter.cli import options
-from exporter.cli.output import print_json, print_table, say
+from exporter.cli.failures import stoppable
+from exporter.cli.output import peak_rss, print_json, print_table, progress, say
+from exporter.errors import UsageError
 from exporter.types.sizes import format_size
 
 
@@ -17,6 +22,21 @@ from exporter.types.sizes import format_size
 @options.formats
 @options.recipe
 @options.context
+@click.option("--sensitivity", is_flag=True, help="Measure which tensors mind which numbers; write the best recipe.")
+@click.option(
+    "--target-bytes", type=options.Size(), metavar="SIZE", help="With --sensitivity: weights at most this large."
+)
+@click.option(
+    "--write",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="With --sensitivity: where the recipe goes.  [default: OUT/<model>/<profile>-sensitivity.toml]",
+)
+@options.calibration
+@options.out
+@options.max_memory
+@options.device
+@options.quiet
 @options.as_json
 def command(
     model: str | None,
@@ -24,6 +44,14 @@ def command(
     formats: tuple[str, ...],
     recipe: str | None,
     context: int | None,
+    sensitivity: bool,
+    target_bytes: int | None,
+    write: Path | None,
+    calibration: str | None,
+    out: Path,
+    max_memory: int,
+    device: str,
+    quiet: bool,
     as_json: bool,
 ) -> int:
     """Show what a profile would make, and what it weighs.
@@ -31,12 +59,98 @@ def command(
     MODEL is a folder or a Hub id; without it, the profile's own. No weight is read, so this works
     for openai/gpt-oss-20b and 120b with nothing downloaded.
 
+    With --sensitivity the weights are read: each group of tensors is tried in each scheme, and the
+    recipe that fits with the least KL is written. What is measured is kept in OUT, and never
+    measured twice. --recipe then gives formats, [calibration] and [gptq]; its rules are not used.
+
     \b
     Examples:
       exporter plan --profile 16gb openai/gpt-oss-20b
       exporter plan --profile 80gb --context 65536
+      exporter plan --profile 16gb ./my-fine-tune --sensitivity --target-bytes 11G
     """
-    return show_plan(model, profile, formats, recipe, context, as_json)
+    if not sensitivity:
+        for name, value in (("target-bytes", target_bytes), ("write", write), ("calibration", calibration)):
+            if value is not None:
+                raise UsageError(f"--{name} goes with --sensitivity", hint="add --sensitivity, or leave it out")
+        return show_plan(model, profile, formats, recipe, context, as_json)
+    from exporter.pipeline.profiles import load_profile
+    from exporter.pipeline.sensitivity import SensitivityRequest
+
+    request = SensitivityRequest(
+        model=load_profile(profile).model if model is None else model,
+        profile=profile,
+        formats=formats,
+        recipe=recipe,
+        context=context,
+        out=out,
+        calibration=calibration,
+        target_bytes=target_bytes,
+        max_memory=max_memory,
+        device=device,
+        write=write,
+    )
+    return _measure(request, quiet, as_json)
+
+
+def _measure(request: Any, quiet: bool, as_json: bool) -> int:
+    """Measure, and answer with the table and the recipe that was written."""
+    from exporter.pipeline.sensitivity import Sensitivity, refusals, rows
+
+    stoppable()
+    started = time.monotonic()
+    answer = Sensitivity(request, progress(quiet or as_json)).run()
+    seconds = time.monotonic() - started
+    if as_json:
+        print_json({**sensitivity_json(answer), "peak_rss_bytes": peak_rss(), "seconds": round(seconds, 3)})
+        return 0
+    text, survey = answer.text, answer.survey
+    title = f"{answer.plan.model_name} for {answer.plan.profile.name}: one group changed at a time"
+    columns = ("", "group", "numbers", "method", *survey.labels, "KL", "top-1")
+    numeric = tuple(range(4, len(columns)))
+    print_table(columns, rows(answer), title, right=numeric)
+    for reason in refusals(answer):
+        say(f"refused: {reason}")
+    say(f"measured on {text['windows']} x {text['length']} tokens of the {text['source']}")
+    sizes = (f"{label} {format_size(n)}" for label, n in zip(survey.labels, answer.choice.nbytes, strict=True))
+    say(f"chosen (*): {', '.join(sizes)} of weights, within {format_size(survey.limit)}")
+    whole = answer.measured
+    say(f"KL: sum of the parts {answer.predicted:.6f}, together {whole['kl_mean']:.6f} (top-1 {whole['top1']:.2%})")
+    command = ("exporter", "quantize", request.model, "--profile", request.profile)
+    say(f"next: {shlex.join([*command, '--recipe', str(answer.recipe), '--out', str(request.out)])}")
+    say(f"{seconds:.1f} s, peak {format_size(peak_rss())}")
+    return 0
+
+
+def sensitivity_json(answer: Any) -> dict[str, Any]:
+    """What was measured and chosen as JSON values."""
+    labels, chosen = answer.survey.labels, answer.choice.options
+
+    def option(o: Any) -> dict[str, Any]:
+        return {
+            "group": o.candidate.group,
+            "scheme": o.candidate.scheme,
+            "method": o.candidate.method,
+            "bytes": dict(zip(labels, o.nbytes, strict=False)),
+            **answer.figures.get(o.candidate, {}),
+            "measured": not (o.refused or o.candidate.exact),
+            "refused": o.refused,
+            "chosen": o in chosen,
+        }
+
+    return {
+        "model": answer.plan.model_name,
+        "profile": answer.plan.profile.name,
+        "text": answer.text,
+        "calibration": answer.calibration,
+        "limit_bytes": answer.survey.limit,
+        "options": [option(o) for o in answer.survey.options],
+        "chosen": {o.candidate.group: o.candidate.scheme for o in chosen},
+        "bytes": dict(zip(labels, answer.choice.nbytes, strict=True)),
+        "predicted_kl": answer.predicted,
+        "measured": answer.measured,
+        "recipe": str(answer.recipe),
+    }
 
 
 def show_plan(

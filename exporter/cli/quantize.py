@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from exporter.cli import options
+from exporter.cli.failures import stoppable
 from exporter.cli.output import peak_rss, print_json, print_table, progress, say
 from exporter.types.sizes import format_size
 
@@ -27,13 +27,12 @@ STAGES = ("plan", "quantize", "export", "validate")
     "--until", type=click.Choice(STAGES), default="validate", show_default=True, help="Stop after this stage."
 )
 @options.context
-@click.option(
-    "--max-memory", type=options.Size(), default="4G", show_default=True, help="Ceiling for what conversion holds."
-)
-@click.option("--device", metavar="NAME", default="auto", show_default=True, help="For the reference: auto, cpu, cuda.")
+@options.max_memory
+@options.calibration
+@options.device
 @click.option("--overwrite", is_flag=True, help="Replace an artifact of other numbers.")
 @click.option("-n", "--dry-run", is_flag=True, help="Same as `exporter plan`.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@options.quiet
 @options.as_json
 def command(
     model: str | None,
@@ -44,6 +43,7 @@ def command(
     until: str,
     context: int | None,
     max_memory: int,
+    calibration: str | None,
     device: str,
     overwrite: bool,
     dry_run: bool,
@@ -81,6 +81,7 @@ def command(
         until=until,
         max_memory=max_memory,
         device=device,
+        calibration=calibration,
         context=context,
         overwrite=overwrite,
     )
@@ -91,10 +92,7 @@ def _run(request: Any, quiet: bool, as_json: bool) -> int:
     """Do the job and answer; 3 when a gate failed."""
     from exporter.pipeline.run import Run
 
-    # A job scheduler's polite stop and a lost terminal are interruptions like any other; nohup stays nohup.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
+    stoppable()
     started = time.monotonic()
     result = Run(request, progress(quiet or as_json)).run()
     rows = [_row(a) for a in result.artifacts]
@@ -124,13 +122,14 @@ def _row(result: Any) -> dict[str, Any]:
         row |= {
             "digests_equal": report["digests_equal"],
             "digests": report["digests"],
-            "metrics": {**report["release"], "export": report["export"], "runtime": report["runtime_difference"]},
+            "metrics": {**report["release"], "export": report["export"]},
             "tokenizer_equal": report["tokenizer_equal"],
-            "speed": report["speed"],
-            "memory": report["memory"],
             "runtime": report["runtime"],
             "gates": report["gates"],
         }
+        if "runtime_difference" in report:  # it ran in a runtime of its own
+            row["metrics"]["runtime"] = report["runtime_difference"]
+            row |= {"speed": report["speed"], "memory": report["memory"]}
     return row
 
 
@@ -149,20 +148,18 @@ def _show(plan: Any, rows: list[dict[str, Any]], seconds: float) -> None:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     m, digests = row["metrics"], row["digests"]
-    speed, failed = row["speed"], [g for g in row["gates"] if not g["passed"]]
+    failed = [g for g in row["gates"] if not g["passed"]]
     verdict = f"ok, all {len(row['gates'])}"
     if failed:
         verdict = "FAIL " + ", ".join(f"{g['name']} {_value(g['value'])} (limit {_value(g['limit'])})" for g in failed)
-    return (
-        f"{row['format']}-{row['recipe']}",
-        format_size(row["bytes"]),
-        f"{digests['equal']} of {digests['tensors']}",
-        f"{m['kl_mean']:.2e}\n{m['export']['kl_mean']:.2e} *",
-        f"{m['top1']:.2%}\n{m['export']['top1']:.2%} *",
-        f"prompt {speed['prefill_tokens_per_second']:.0f}\nanswer {speed['decode_tokens_per_second']:.0f}",
-        format_size(row["memory"]["peak_rss_bytes"]),
-        verdict,
-    )
+    kl, top1, speed, memory = f"{m['kl_mean']:.2e}", f"{m['top1']:.2%}", "not run", "not run"
+    if "runtime" in m:
+        kl, top1 = f"{kl}\n{m['export']['kl_mean']:.2e} *", f"{top1}\n{m['export']['top1']:.2%} *"
+        each = row["speed"]
+        speed = f"prompt {each['prefill_tokens_per_second']:.0f}\nanswer {each['decode_tokens_per_second']:.0f}"
+        memory = format_size(row["memory"]["peak_rss_bytes"])
+    name, equal = f"{row['format']}-{row['recipe']}", f"{digests['equal']} of {digests['tensors']}"
+    return name, format_size(row["bytes"]), equal, kl, top1, speed, memory, verdict
 
 
 def _value(value: Any) -> str:
@@ -174,9 +171,12 @@ def _remarks(row: dict[str, Any]) -> None:
     if "repacked" in row:
         exact, blocks = row["repacked"]["exact_blocks"], row["repacked"]["blocks"]
         say(f"experts: {exact / blocks:.2%} of {blocks:,} blocks were on the MXFP4 grid and moved without loss")
-    if "metrics" in row:
-        d = row["metrics"]["runtime"]
+    if "metrics" not in row:
+        return
+    if d := row["metrics"].get("runtime"):
         say("KL and top-1 against the bf16 reference as released; * against the reference as llama.cpp computes it.")
         figures = f"KL {d['kl_mean']:.2e}, top-1 {d['top1']:.2%}"
         say(f"llama.cpp's own part (it rounds the YaRN range): {figures}.")
-        say(f"{row['path']}/report.json")
+    else:
+        say("KL and top-1 against the bf16 reference as released, in its own arithmetic on the weights in the files.")
+    say(f"{row['path']}/report.json")

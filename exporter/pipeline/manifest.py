@@ -42,7 +42,12 @@ def provenance(model: OpenedModel, artifact: ArtifactPlan, digests: Mapping[str,
 
 
 def manifest(
-    model: OpenedModel, artifact: ArtifactPlan, store: Store, facts: Provenance, layout: str
+    model: OpenedModel,
+    artifact: ArtifactPlan,
+    store: Store,
+    facts: Provenance,
+    layout: str,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """manifest.json as a value, before its files were hashed: see `seal`. `layout`: export.layout_key."""
     return {
@@ -51,6 +56,7 @@ def manifest(
         "format": artifact.format.name,
         "target": artifact.spec.target,
         "recipe": {"name": facts.recipe, "title": artifact.recipe.title, "sha256": facts.recipe_sha256},
+        "calibration": calibration,
         "source": {
             "repo": facts.source_repo or None,
             "revision": facts.source_revision or None,
@@ -88,8 +94,15 @@ def _tensor(artifact: ArtifactPlan, store: Store, facts: Provenance, name: str) 
     }
     if step.scheme.kind != "float":
         entry["scale_rule"] = step.scheme.scale_rule
-    if step.method == "repack":
+    if step.method in ("repack", "exact") and step.source.kind == "float":
         entry["exact_blocks"], entry["blocks"] = store.exact_share(step)
+    if step.method == "gptq":
+        leaves = store.facts(step)
+        # One number for each expert; a matrix that all tokens meet is calibrated as one.
+        entry["calibration"] = {
+            key: [facts.get(key) for facts in (leaves if step.spec.role == "expert" else leaves[:1])]
+            for key in ("tokens", "added", "damp", "error")
+        }
     return entry
 
 

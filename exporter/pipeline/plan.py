@@ -21,7 +21,7 @@ from exporter.types.sizes import format_size
 BASE_MEMORY = 300_000_000
 # Bytes at once per number of a leaf, by method: the packed source, its split copy and the result for
 # "pass"; raw and widened floats and their codes for the others.
-_LEAF_COST = {"pass": 4, "keep": 8, "rtn": 16, "repack": 16}
+_LEAF_COST = {"pass": 4, "keep": 8, "gptq": 8, "rtn": 16, "repack": 16, "exact": 16}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def make_plan(
 ) -> Plan:
     """Match rules, ask formats, add up bytes. Raises Refused or UsageError for what cannot work.
 
-    `formats` keeps only those of the profile's artifacts; `recipe` replaces theirs.
+    `recipe` replaces that of the profile's artifacts, and adds the formats that it is for; `formats` keeps
+    only those.
     """
     if context:
         profile = replace(profile, hardware=replace(profile.hardware, context=context))
@@ -90,15 +91,19 @@ def make_plan(
 def _wanted(profile: Profile, formats: Sequence[str], recipe: str | None) -> list[ArtifactSpec]:
     for name in formats:
         get_format(name)
-    chosen = [a for a in profile.artifacts if not formats or a.format in formats]
+    every = list(profile.artifacts)
+    if recipe is not None:
+        every = list({a.folder: a for a in (replace(a, recipe=recipe) for a in every)}.values())
+        made = {a.format for a in every}
+        split = max((a.split_size for a in every), default=0)
+        every += [ArtifactSpec(f, recipe, split_size=split) for f in load_recipe(recipe).formats if f not in made]
+    chosen = [a for a in every if not formats or a.format in formats]
     if missing := set(formats) - {a.format for a in chosen}:
-        made = ", ".join(sorted({a.format for a in profile.artifacts}))
+        available = ", ".join(sorted({a.format for a in every}))
         raise UsageError(
-            f"profile {profile.name} makes no {min(missing)}; it makes {made}",
+            f"profile {profile.name} makes no {min(missing)}; it makes {available}",
             hint=f"copy profiles/{profile.name}.toml, add an [[artifact]], and pass the file as --profile",
         )
-    if recipe is not None:
-        chosen = list({a.folder: a for a in (replace(a, recipe=recipe) for a in chosen)}.values())
     folders = [a.folder for a in chosen]
     if twice := {f for f in folders if folders.count(f) > 1}:
         raise UsageError(
@@ -114,7 +119,7 @@ def _plan_artifact(
     scheme_of: Callable[[TensorSpec], Scheme],
     profile: Profile,
 ) -> ArtifactPlan:
-    fmt, recipe = get_format(spec.format), load_recipe(spec.recipe)
+    fmt, recipe = get_format(spec.format).for_target(spec.target), load_recipe(spec.recipe)
     spec = replace(spec, recipe=recipe.name)
     if reason := fmt.refuse_model(config):
         raise Refused(f"{fmt.name} cannot hold this model: {reason}", hint="the file would compute something else")
@@ -125,6 +130,8 @@ def _plan_artifact(
                 f"{fmt.name} cannot hold {step.name} as {step.scheme.name}: {reason}",
                 hint="see `exporter formats`, or choose another --recipe",
             )
+    if reason := fmt.refuse_steps(steps):
+        raise Refused(f"{fmt.name} cannot hold recipe {recipe.name}: {reason}", hint="choose another --recipe")
     nbytes = sum(fmt.target(s).nbytes for s in steps)
     return ArtifactPlan(
         spec=spec,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from exporter.errors import ExporterError
 from exporter.pipeline import leaves as parallel
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.store import Source, Store
+from exporter.quantize.exact import from_floats, from_mxfp4
 from exporter.quantize.rtn import repack, require_finite, round_to
 from exporter.types import QTensor, leaf_count, leaf_range
 from exporter.types.recipe import Step
@@ -40,13 +42,22 @@ def obtain(store: Store, step: Step, leaf: int, source: Source) -> QTensor:
     if (stored := store.intact(step, leaf)) is not None:
         return stored
     q = source(step.name, *leaf_range(step.spec.shape, leaf))
-    exact = None
-    if step.method == "repack":
-        made = repack(q, step.scheme)
-        q, exact = made.q, (made.exact, made.blocks)
-    elif step.method == "rtn":
-        q = round_to(q, step.scheme)
-    else:
-        require_finite(q)
-    store.append(step, leaf, q, exact)
+    q, facts = make(step, q)
+    store.append(step, leaf, q, facts)
     return q
+
+
+def make(step: Step, q: QTensor) -> tuple[QTensor, dict[str, int]]:
+    """The final numbers of some rows of what needs no calibration, and what is known of them."""
+    if step.method == "repack" or (step.method == "exact" and q.scheme.kind == "float"):
+        made = (repack if step.method == "repack" else from_floats)(q, step.scheme)
+        return made.q, {"exact": made.exact, "blocks": made.blocks}
+    if step.method == "exact":
+        require_finite(q)
+        return from_mxfp4(q, step.scheme), {}
+    if step.method == "rtn":
+        return round_to(q, step.scheme), {}
+    if step.method == "gptq":
+        raise ExporterError(f"{step.name} changed in the store", hint="run the same command again: it is made anew")
+    require_finite(q)
+    return q, {}

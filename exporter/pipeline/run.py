@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,14 @@ from exporter.checkpoint.doctor import require_sound_files
 from exporter.checkpoint.vocabulary import read_tokenizer
 from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError
 from exporter.formats.base import ExportJob, Provenance
+from exporter.pipeline.calibrate import (
+    Calibrated,
+    calibrate,
+    calibrated_steps,
+    calibration_disk,
+    require_memory,
+)
+from exporter.pipeline.calibration import calibration_windows
 from exporter.pipeline.export import clean, export, layout_key, publish
 from exporter.pipeline.files import sha256_file
 from exporter.pipeline.lock import locked
@@ -23,10 +31,11 @@ from exporter.pipeline.plan import ArtifactPlan, Plan, make_plan, require_fit, w
 from exporter.pipeline.profiles import load_profile, load_recipe
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import quantize
-from exporter.pipeline.runtimes import require_runtimes, resolve_device
+from exporter.pipeline.runtimes import require_calibration, require_runtimes, resolve_device
 from exporter.pipeline.source import ModelOutline, OpenedModel, must_download, open_model, outline_model
-from exporter.pipeline.store import Store, store_key
+from exporter.pipeline.store import Store, open_store, store_folder, store_key
 from exporter.types.profile import Profile
+from exporter.types.recipe import CalibrationSpec
 from exporter.types.sizes import format_size
 from exporter.validate.runtime import SCRATCH_PREFIX
 
@@ -46,15 +55,17 @@ class RunRequest:
     max_memory: int = 4 * 10**9
     device: str = "auto"
     context: int | None = None
+    calibration: str | None = None
     overwrite: bool = False
 
 
 @dataclass
 class ArtifactResult:
-    """One row of the answer. `report` is empty until the artifact was validated."""
+    """One row of the answer. `files`: its own, without manifest and report; `report` is empty until validated."""
 
     plan: ArtifactPlan
     path: Path | None = None
+    files: list[Path] = field(default_factory=list)
     nbytes: int = 0
     repacked: tuple[int, int] = (0, 0)
     report: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +94,7 @@ class Run:
         self._fingerprint = self.model.fingerprint()
         self.tokenizer = self._tokenizer()
         self.workers = _workers(request, self.plan)
+        self._calibrations: dict[str, Calibrated] = {}
 
     def _tokenizer(self) -> Mapping[str, Any]:
         """tokenizer.json, accepted by every format of the plan: found out before any work."""
@@ -113,14 +125,16 @@ class Run:
         artifact = result.plan
         store = self._open_store(artifact)
         try:
+            self._calibrate(artifact, store)
             if until < STAGES.index("export"):
                 quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
                 result.status = "quantized"
             else:
-                result.path, facts = self._export(artifact, store)
-                result.nbytes = sum(p.stat().st_size for p in _model_files(result.path, artifact))
+                result.path, names, facts = self._export(artifact, store)
+                result.files = [result.path / name for name in names]
+                result.nbytes = sum(p.stat().st_size for p in result.files)
                 result.status = "exported"
-            shares = [store.exact_share(s) for s in artifact.steps if s.method == "repack"]
+            shares = [store.exact_share(s) for s in artifact.steps if s.method in ("repack", "exact")]
             result.repacked = (sum(e for e, _ in shares), sum(b for _, b in shares))
             if until >= STAGES.index("validate"):
                 self._validate(result, facts)
@@ -128,23 +142,48 @@ class Run:
             store.release()
 
     def _open_store(self, artifact: ArtifactPlan) -> Store:
-        about = {
-            "model": self.model.name,
-            "repo": self.model.checkpoint.repo,
-            "revision": self.model.checkpoint.revision,
-            "recipe": artifact.recipe.name,
-        }
-        return Store(self._store_folder(artifact), artifact.steps, self.model.checkpoint.read, about)
+        key = self._store_key(artifact)
+        return open_store(self.folder, self.model, artifact.recipe.name, artifact.steps, key)
 
-    def _store_folder(self, artifact: ArtifactPlan) -> Path:
-        key = store_key(self._fingerprint, artifact.steps)
-        return self.folder / "store" / f"{artifact.recipe.name}-{key[:12]}"
+    def _calibrated(self, artifact: ArtifactPlan) -> Calibrated | None:
+        """What the artifact's recipe is calibrated on; None where nothing is."""
+        recipe = artifact.recipe
+        if not calibrated_steps(artifact.steps):
+            return None
+        if recipe.name not in self._calibrations:
+            setting = calibration_setting(self.request, artifact)
+            folder, device = self.folder / "calibration", resolve_device(self.request.device)
+            windows = calibration_windows(setting, self.model.checkpoint, folder, device, self.progress)
+            self._calibrations[recipe.name] = Calibrated(windows, recipe.gptq)
+        return self._calibrations[recipe.name]
 
-    def _export(self, artifact: ArtifactPlan, store: Store) -> tuple[Path, Provenance]:
-        """The artifact's folder, made now or found finished, and what it holds."""
+    def _calibration_facts(self, artifact: ArtifactPlan) -> dict[str, object] | None:
+        calibrated = self._calibrated(artifact)
+        return calibrated.json() if calibrated else None
+
+    def _calibrate(self, artifact: ArtifactPlan, store: Store) -> None:
+        if calibrated := self._calibrated(artifact):
+            calibrate(
+                store,
+                artifact.steps,
+                self.model.checkpoint.read,
+                self.plan.config,
+                calibrated,
+                resolve_device(self.request.device),
+                self.workers,
+                self.progress,
+            )
+
+    def _store_key(self, artifact: ArtifactPlan) -> str:
+        calibrated = self._calibrated(artifact)
+        return store_key(self._fingerprint, artifact.steps, calibrated.key() if calibrated else "")
+
+    def _export(self, artifact: ArtifactPlan, store: Store) -> tuple[Path, list[str], Provenance]:
+        """The artifact's folder, made now or found finished, the names of its files, and what they hold."""
         folder = self._artifact_folder(artifact)
         job = self._job(artifact, provenance(self.model, artifact))
         layouts = artifact.format.layout(job)
+        names = [layout.filename for layout in layouts]
         if folder.exists():
             clean(folder)
             found = _manifest(folder)
@@ -156,7 +195,7 @@ class Run:
                 quantize(store, artifact.steps, self.model.checkpoint.read, self.workers, self.progress)
                 facts = provenance(self.model, artifact, store.digests(artifact.steps))
                 if (found.get("digest"), found.get("layout")) == (facts.digest, layout_key(layouts)):
-                    return folder, facts
+                    return folder, names, facts
                 raise Refused(
                     f"{folder} holds another artifact (of another checkpoint, tokenizer, recipe or version)",
                     hint="--overwrite replaces it, --out puts this one elsewhere",
@@ -166,9 +205,9 @@ class Run:
         partial = export(folder, artifact.format, job, layouts, store, source, self.workers, self.progress)
         facts = provenance(self.model, artifact, store.digests(artifact.steps))
         self._require_unchanged()
-        body = manifest(self.model, artifact, store, facts, layout_key(layouts))
+        body = manifest(self.model, artifact, store, facts, layout_key(layouts), self._calibration_facts(artifact))
         publish(partial, folder, body, replace=folder.exists())
-        return folder, facts
+        return folder, names, facts
 
     def _artifact_folder(self, artifact: ArtifactPlan) -> Path:
         return self.folder / self.profile.name / artifact.spec.folder
@@ -185,9 +224,14 @@ class Run:
             generation_config=checkpoint.generation_config or {},
             chat_template=checkpoint.chat_template,
             split_size=artifact.spec.split_size,
+            file=self._small_file,
         )
 
-    def _seal(self, folder: Path, artifact: ArtifactPlan) -> None:
+    def _small_file(self, name: str) -> bytes | None:
+        path = self.model.checkpoint.find(name)
+        return None if path is None else path.read_bytes()
+
+    def _seal(self, folder: Path, made: list[Path]) -> None:
         """Hash the source's files and the artifact's; source files that did not change are remembered."""
         if (folder / "SHA256SUMS").exists():
             if f"{sha256_file(folder / 'manifest.json')}  manifest.json" not in (folder / "SHA256SUMS").read_text():
@@ -195,7 +239,6 @@ class Run:
                     f"{folder}/manifest.json is not the one in SHA256SUMS", hint="--overwrite makes the artifact again"
                 )
             return
-        made = _model_files(folder, artifact)
         memory = HashMemory(self.folder / "source-hashes.json")
         sources = [*self.model.checkpoint.shards, *self._small_files()]
         known = {p: h for p in sources if (h := self.model.hashes.get(p.name) or memory.get(p))}
@@ -212,6 +255,7 @@ class Run:
             "generation_config.json",
             "tokenizer.json",
             "tokenizer_config.json",
+            "special_tokens_map.json",
             "chat_template.jinja",
         )
         found = [self.model.checkpoint.find(n) for n in names]
@@ -221,12 +265,12 @@ class Run:
         from exporter.pipeline.prove import prove
 
         assert result.path is not None
-        self._seal(result.path, result.plan)
-        heads = {f.filename: f.head for f in result.plan.format.layout(self._job(result.plan, facts))}
+        self._seal(result.path, result.files)
+        layouts = result.plan.format.layout(self._job(result.plan, facts))
         result.report = prove(
             result.path,
             result.plan,
-            heads,
+            layouts,
             self.profile,
             self._reference,
             facts.tensor_digests,
@@ -259,9 +303,12 @@ class Run:
             folder = self._artifact_folder(artifact)
             if not folder.exists() or self.request.overwrite:
                 need += artifact.nbytes - _blocks(folder.with_name(folder.name + ".partial"))
-        stores = {self._store_folder(a): a.steps for a in self.plan.artifacts}
-        for folder, steps in stores.items():
-            need += sum(s.stored_bytes for s in steps if not s.by_reference) - _blocks(folder)
+        stores = {store_folder(self.folder, a.recipe.name, self._store_key(a)): a for a in self.plan.artifacts}
+        for folder, a in stores.items():
+            need += sum(s.stored_bytes for s in a.steps if not s.by_reference) - _blocks(folder)
+            if calibrated_steps(a.steps):
+                setting = calibration_setting(self.request, a)
+                need += calibration_disk(self.plan.config, setting.windows * setting.length)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise Refused(
@@ -297,8 +344,20 @@ def _plan(request: RunRequest, profile: Profile, model: OpenedModel | ModelOutli
     )
 
 
+def calibration_setting(request: RunRequest, artifact: ArtifactPlan) -> CalibrationSpec:
+    """The recipe's own, with the text that the request names in its place."""
+    own = artifact.recipe.calibration
+    return replace(own, text=request.calibration) if request.calibration else own
+
+
 def _workers(request: RunRequest, plan: Plan) -> int:
-    """Leaves at once within the request's memory; Refused when not even one fits."""
+    """Leaves at once within the request's memory; Refused when not even one fits, or calibration does not."""
+    for artifact in plan.artifacts:
+        if not calibrated_steps(artifact.steps):
+            continue
+        require_calibration(request.device)
+        setting = calibration_setting(request, artifact)
+        require_memory(plan.config, setting, request.max_memory)
     return workers_for([s for a in plan.artifacts for s in a.steps], request.max_memory, usable_cpus())
 
 
@@ -318,11 +377,6 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _model_files(folder: Path, artifact: ArtifactPlan) -> list[Path]:
-    """The artifact's own files, without manifest and report."""
-    return sorted(p for p in folder.iterdir() if p.suffix == artifact.format.extension)
 
 
 def usable_cpus() -> int:

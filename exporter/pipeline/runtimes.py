@@ -17,6 +17,14 @@ def require_runtimes(device: str) -> None:
     resolve_device(device)
 
 
+def require_calibration(device: str) -> None:
+    """Raises MissingExtra for what calibrated rounding needs and is not installed, UsageError for no such device."""
+    for package, purpose in (("torch", "calibrated rounding"), ("tokenizers", "reading calibration text")):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(package, "validate", purpose)
+    resolve_device(device)
+
+
 def resolve_device(name: str) -> str:
     """The torch device that "auto", "cpu", "cuda" or "cuda:N" means here."""
     from exporter.model.layer import import_torch

@@ -24,10 +24,12 @@ import numpy as np
 from exporter.errors import ExporterError
 from exporter.pipeline.files import flushing, reserve, write_at, write_whole
 from exporter.pipeline.journal import Journal
+from exporter.pipeline.source import OpenedModel
 from exporter.quantize import NUMBERS
 from exporter.types import QTensor, leaf_count, leaf_range, leaf_rows, tensor_digest
 from exporter.types.recipe import Step
 
+_RECORD = ("tensor", "leaf", "digest")  # of a journal line; its other keys are facts
 Source = Callable[[str, int, int], QTensor]
 
 
@@ -38,7 +40,7 @@ class Store:
         """Create the store of these steps, or take up an earlier run's. `about` is written for readers."""
         self.folder, self.steps, self._source = folder, {s.name: s for s in steps}, source
         self._digests: dict[tuple[str, int], str] = {}
-        self._facts: dict[tuple[str, int], tuple[int, int]] = {}
+        self._facts: dict[tuple[str, int], dict[str, Any]] = {}
         self._offsets, size = _offsets(steps)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "store.json").exists():
@@ -50,23 +52,20 @@ class Store:
             name, i, digest = record.get("tensor"), record.get("leaf"), record.get("digest")
             if name in self.steps and isinstance(i, int) and isinstance(digest, str):
                 self._digests[name, i] = digest
-                self._facts[name, i] = (record.get("exact", 0), record.get("blocks", 0))
+                self._facts[name, i] = {k: v for k, v in record.items() if k not in _RECORD}
 
     def has(self, step: Step, leaf: int) -> bool:
         return (step.name, leaf) in self._digests
 
-    def append(self, step: Step, leaf: int, q: QTensor, exact: tuple[int, int] | None = None) -> None:
-        """Commit one leaf. `exact`: (blocks moved without loss, blocks) of a repacked one."""
+    def append(self, step: Step, leaf: int, q: QTensor, facts: Mapping[str, Any] | None = None) -> None:
+        """Commit one leaf, and what is known of how it was made (JSON values)."""
         digest = q.leaf_digest().hex()
         if not step.by_reference:
             parts = [np.ascontiguousarray(p).view(np.uint8).reshape(-1) for p in _parts(q)]
             write_at(self._data, parts, self._offset(step, leaf))
-        record: dict[str, Any] = {"tensor": step.name, "leaf": leaf, "digest": digest}
-        if exact is not None:
-            record |= {"exact": exact[0], "blocks": exact[1]}
-        self._journal.append(record)
+        self._journal.append({"tensor": step.name, "leaf": leaf, "digest": digest, **(facts or {})})
         self._digests[step.name, leaf] = digest
-        self._facts[step.name, leaf] = exact or (0, 0)
+        self._facts[step.name, leaf] = dict(facts or {})
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Fill the store in this block; what is in it at the end is durable."""
@@ -103,10 +102,14 @@ class Store:
         """Digests of finished tensors by name, in order."""
         return {s.name: self.digest(s) for s in steps}
 
+    def facts(self, step: Step) -> list[dict[str, Any]]:
+        """What was recorded of each leaf of a finished tensor."""
+        return [self._facts[step.name, i] for i in range(leaf_count(step.spec.shape))]
+
     def exact_share(self, step: Step) -> tuple[int, int]:
         """(blocks moved without loss, blocks) of a repacked tensor."""
-        facts = [self._facts[step.name, i] for i in range(leaf_count(step.spec.shape))]
-        return sum(f[0] for f in facts), sum(f[1] for f in facts)
+        facts = self.facts(step)
+        return sum(f.get("exact", 0) for f in facts), sum(f.get("blocks", 0) for f in facts)
 
     def _offset(self, step: Step, leaf: int) -> int:
         start = leaf_range(step.spec.shape, leaf)[0]
@@ -131,11 +134,31 @@ class Store:
         return QTensor(step.name, scheme, data, typed.reshape(*lead, -1), zeros)
 
 
-def store_key(fingerprint: str, steps: Sequence[Step]) -> str:
-    """Names the numbers: the checkpoint, what is done to each tensor and how it is cut, our own arithmetic."""
-    h = hashlib.sha256(f"store-{NUMBERS} {fingerprint}\n".encode())
+def store_folder(out: Path, recipe: str, key: str) -> Path:
+    """Where the store of a recipe lies in `out`, the model's folder; `key`: store_key."""
+    return out / "store" / f"{recipe}-{key[:12]}"
+
+
+def open_store(out: Path, model: OpenedModel, recipe: str, steps: Sequence[Step], key: str) -> Store:
+    """The store of a recipe's steps on a model, new or taken up."""
+    about = {
+        "model": model.name,
+        "repo": model.checkpoint.repo,
+        "revision": model.checkpoint.revision,
+        "recipe": recipe,
+    }
+    return Store(store_folder(out, recipe, key), steps, model.checkpoint.read, about)
+
+
+def store_key(fingerprint: str, steps: Sequence[Step], calibration: str = "") -> str:
+    """Names the numbers: the checkpoint, what is done to each tensor and how it is cut, our own arithmetic.
+
+    `calibration`: Calibrated.key(), where a step needs it.
+    """
+    h = hashlib.sha256(f"store-{NUMBERS} {fingerprint} {calibration}\n".encode())
     for s in steps:
-        what = (s.name, s.method, s.source.name, s.scheme.name, s.scheme.scale_rule, str(leaf_rows(s.spec.shape)))
+        how = f"{s.scheme.scale_rule} {s.otherwise}"
+        what = (s.name, s.method, s.source.name, s.scheme.name, how, str(leaf_rows(s.spec.shape)))
         h.update(" ".join(what).encode() + b"\n")
     return h.hexdigest()
 

@@ -56,7 +56,7 @@ def _floats(values: F32, scheme: Scheme) -> np.ndarray[tuple[int, ...], np.dtype
 
 @dataclass(frozen=True)
 class Repacked:
-    """MXFP4 from floats; `exact` of `blocks` blocks were on the grid and moved without loss."""
+    """Numbers from floats; `exact` of `blocks` blocks were on the MXFP4 grid and moved without loss."""
 
     q: QTensor
     exact: int

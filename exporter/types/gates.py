@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from exporter.errors import UsageError
+from exporter.types import toml
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,15 @@ class Verdict:
     value: float | bool | None
     limit: float | bool
     passed: bool
+
+
+def read_gates(raw: object, where: str) -> dict[str, float | bool]:
+    """Limits by gate name from a TOML table, checked."""
+    t = toml.Table(raw, where, GATES)
+    limits: dict[str, float | bool] = {}
+    for key in t.raw:
+        kind = bool if GATES[key].sense == "equal" else (int, float)
+        limits[key] = t.get(key, kind)
+        if not math.isfinite(limits[key]):
+            raise UsageError(f'{where}: "{key}" must be a finite number', hint="see docs/profiles.md")
+    return limits

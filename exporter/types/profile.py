@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Literal
 
 from exporter.errors import UsageError
 from exporter.types import toml
-from exporter.types.gates import GATES
+from exporter.types.gates import GATES, read_gates
 from exporter.types.sizes import parse_size
 
 # It becomes part of a folder's name.
@@ -88,7 +87,7 @@ class Profile:
             hardware=_hardware(table.get("hardware", dict), f"{where} [hardware]"),
             artifacts=tuple(_artifact(a, f"{where} artifact {i}") for i, a in enumerate(artifacts, 1)),
             validate=ValidateSpec(_positive(validate, "windows"), _positive(validate, "length")),
-            gates=_gates(table.get("gates", dict), f"{where} [gates]"),
+            gates=_required_gates(table.get("gates", dict), f"{where} [gates]"),
             sha256=hashlib.sha256(text.encode()).hexdigest(),
         )
 
@@ -129,14 +128,8 @@ def _artifact(raw: object, where: str) -> ArtifactSpec:
     return ArtifactSpec(t.get("format", str), t.get("recipe", str), target, parse_size(split))
 
 
-def _gates(raw: object, where: str) -> dict[str, float | bool]:
-    t = toml.Table(raw, where, GATES)
-    limits: dict[str, float | bool] = {}
-    for key in t.raw:
-        kind = bool if GATES[key].sense == "equal" else (int, float)
-        limits[key] = t.get(key, kind)
-        if not math.isfinite(limits[key]):
-            raise UsageError(f'{where}: "{key}" must be a finite number', hint="see docs/profiles.md")
+def _required_gates(raw: object, where: str) -> dict[str, float | bool]:
+    limits = read_gates(raw, where)
     if not limits:
         raise UsageError(f"{where}: no gates", hint=f"gates: {', '.join(GATES)}")
     return limits

@@ -66,6 +66,11 @@ class Scheme:
         """The code that means 0.0 where zeros are not stored."""
         return 1 << (self.bits - 1) if self.kind == "int" else 0
 
+    @property
+    def signed_scales(self) -> bool:
+        """Whether scales may be negative, so that the largest magnitude can take the level without an opposite."""
+        return self.kind == "int" and self.scale_rule.startswith("signed")
+
     def data_bytes(self, k: int) -> int:
         """Bytes that `k` packed codes take."""
         return k * self.bits // 8
