@@ -118,6 +118,8 @@ def _row(result: Any) -> dict[str, Any]:
     }
     if result.repacked[1]:
         row["repacked"] = {"exact_blocks": result.repacked[0], "blocks": result.repacked[1]}
+    if result.starved:
+        row["starved_experts"] = result.starved
     if report:
         row |= {
             "digests_equal": report["digests_equal"],
@@ -171,6 +173,9 @@ def _remarks(row: dict[str, Any]) -> None:
     if "repacked" in row:
         exact, blocks = row["repacked"]["exact_blocks"], row["repacked"]["blocks"]
         say(f"experts: {exact / blocks:.2%} of {blocks:,} blocks were on the MXFP4 grid and moved without loss")
+    if starved := row.get("starved_experts"):
+        more = f" and {len(starved) - 6} more (manifest.json)" if len(starved) > 6 else ""
+        say(f"calibrated on tokens of other experts too, for want of their own: {', '.join(starved[:6])}{more}")
     if "metrics" not in row:
         return
     if d := row["metrics"].get("runtime"):

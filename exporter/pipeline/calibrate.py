@@ -84,6 +84,18 @@ def calibration_disk(config: ModelConfig, tokens: int) -> int:
     return 6 * tokens * config.hidden_size * 4
 
 
+def starved(store: Store, steps: Sequence[Step]) -> list[str]:
+    """Experts that the router sent too few tokens, with how many: "layer 3 expert 9 (12 tokens)"."""
+    found: dict[tuple[int, int], int] = {}
+    for step in calibrated_steps(steps):
+        if step.spec.role != "expert" or step.spec.layer is None:
+            continue
+        for expert, facts in enumerate(store.facts(step)):
+            if facts.get("added"):
+                found[step.spec.layer, expert] = facts["tokens"] - facts["added"]
+    return [f"layer {layer} expert {expert} ({n} tokens)" for (layer, expert), n in sorted(found.items())]
+
+
 class StoreNumbers:
     """The store as calibration sees it; see quantize.sequential.Numbers."""
 

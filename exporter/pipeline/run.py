@@ -21,6 +21,7 @@ from exporter.pipeline.calibrate import (
     calibrated_steps,
     calibration_disk,
     require_memory,
+    starved,
 )
 from exporter.pipeline.calibration import calibration_windows
 from exporter.pipeline.export import clean, export, layout_key, publish
@@ -68,6 +69,7 @@ class ArtifactResult:
     files: list[Path] = field(default_factory=list)
     nbytes: int = 0
     repacked: tuple[int, int] = (0, 0)
+    starved: list[str] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
     status: str = "planned"
 
@@ -135,6 +137,7 @@ class Run:
                 result.nbytes = sum(p.stat().st_size for p in result.files)
                 result.status = "exported"
             shares = [store.exact_share(s) for s in artifact.steps if s.method in ("repack", "exact")]
+            result.starved = starved(store, artifact.steps)
             result.repacked = (sum(e for e, _ in shares), sum(b for _, b in shares))
             if until >= STAGES.index("validate"):
                 self._validate(result, facts)
