@@ -9,6 +9,8 @@ from exporter.model.reference import embed, run_layers
 from exporter.pipeline.calibrate import Calibrated, StoreNumbers, calibrate
 from exporter.pipeline.progress import Progress
 from exporter.quantize import gptq
+from exporter.quantize.experts import _Expert
+from exporter.quantize.solve import Problem
 from exporter.types.recipe import GptqSpec
 from exporter.validate import text
 from tests.corner import GATE0, LEAVES, Job, Killed, corner, corner_job, stopped_after
@@ -60,6 +62,37 @@ def test_killed_within_a_slice(job):
         again.run(stopped_after(6), at_once=2)
     assert again.run(at_once=2) == whole
     assert again.committed() == LEAVES
+
+
+@pytest.mark.parametrize(("count", "at_once", "left"), [(1, 1, 21), (5, 1, 19), (15, 1, 12), (7, 4, 7)])
+def test_resuming_computes_in_the_same_batches(job, monkeypatch, count, at_once, left):
+    """A product's last bits may depend on its shape, so nothing is left out of one because it is there already.
+
+    Killed in layer 0: its tokens go through experts as in the first run, and what is rounded is rounded together
+    with what it was together with.
+    """
+    rounded, sent = [], []
+    solve, inner = Problem.solve, _Expert.inner
+
+    def watched_solve(self, names, scheme, weights, device):
+        rounded.append((names, [w.shape for own in weights for w in own]))
+        return solve(self, names, scheme, weights, device)
+
+    def watched_inner(self, h):
+        sent.append(len(h))
+        return inner(self, h)
+
+    monkeypatch.setattr(Problem, "solve", watched_solve)
+    monkeypatch.setattr(_Expert, "inner", watched_inner)
+    job.run(at_once=at_once)
+    whole, again = (list(rounded), list(sent)), Job(job.checkpoint, job.config, job.tokens, job.folder / "again")
+    with pytest.raises(Killed):
+        again.run(stopped_after(count), at_once=at_once)
+    rounded.clear()
+    sent.clear()
+    again.run(at_once=at_once)
+    assert sent == whole[1]
+    assert rounded == whole[0][-left:]
 
 
 def spoil(path):
@@ -184,3 +217,13 @@ def test_the_key_names_all_that_the_numbers_depend_on(job):
     keys = [Calibrated(text.Windows(t, "", ""), s).key() for t, s in variants]
     assert len(set(keys)) == len(variants)
     assert Calibrated(text.Windows(tokens.copy(order="F"), "other", "name"), spec).key() == keys[0]
+
+
+def test_any_rows_can_be_asked_for(job, monkeypatch):
+    """Of a tensor in leaves of 100 rows: within one, across a border, up to the end."""
+    monkeypatch.setattr("exporter.types.qtensor._LEAF_ELEMENTS", 192 * 100)
+    numbers = job.numbers()
+    for read in (numbers.final, numbers.released):
+        every = read("model.embed_tokens.weight", 0, 2048)
+        for start, stop in ((0, 1), (30, 70), (30, 230), (100, 200), (2040, 2048)):
+            assert np.array_equal(read("model.embed_tokens.weight", start, stop), every[start:stop])
