@@ -157,7 +157,7 @@ def calibrate(
         device,
         folder,
         experts_at_once=_experts_at_once(config, device),
-        progress=lambda parameters, name: progress.advance(parameters, name),
+        progress=progress.advance,
     )
     if not missing:
         job.spill.remove()

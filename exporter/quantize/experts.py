@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from exporter.model.layer import Layer, import_torch, rms_norm
 from exporter.quantize.hessian import Moments, topped_up
-from exporter.quantize.solve import Problem, by_scheme, naming
+from exporter.quantize.solve import Numbers, Problem, by_scheme, naming
 from exporter.types import QTensor
 from exporter.types.recipe import GptqSpec
 
@@ -33,9 +33,9 @@ class Tokens:
 
 
 class ExpertSlices:
-    """`layers`: the layer with the numbers to be stored, and as released. `numbers`: see quantize.sequential."""
+    """`layers`: the layer with the numbers to be stored, and as released."""
 
-    def __init__(self, layers: Sequence[Layer], numbers: Any, spec: GptqSpec, at_once: int) -> None:
+    def __init__(self, layers: Sequence[Layer], numbers: Numbers, spec: GptqSpec, at_once: int) -> None:
         self.here, self.released = layers
         self.numbers, self.spec, self.at_once = numbers, spec, at_once
         self.config, self.device = self.here.config, self.here.device

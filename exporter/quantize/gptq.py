@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323) on transposed, batched matrices, and what comes after it.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323) on transposed, batched matrices.
 
 The objective of one matrix W [N, K] with inputs X is |(W - Q) X|^2, which the Hessian H = X X^T holds
 entirely. Three things differ from the usual code: weights are kept as [K, N], so that a column is contiguous;

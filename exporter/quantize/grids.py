@@ -7,6 +7,7 @@ always `level * scale`; `pack` makes the stored codes of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -61,7 +62,6 @@ class IntGrid:
         self.low = -self.high if scheme.scale_rule == "absmax" else -self.high - 1
 
     def choose(self, w: Tensor, importance: Tensor) -> Tensor:
-        torch = import_torch()
         largest = w.abs().max(dim=1, keepdim=True)  # [B, 1, N]
         if self.scheme.scale_rule == "absmax":
             return _f16(largest.values[:, 0] / self.high)
@@ -71,14 +71,7 @@ class IntGrid:
         else:
             base = largest.values[:, 0] / -self.low
             shares = _OTHER_SIGN
-        best_error = torch.full_like(base, torch.inf)
-        best = _f16(base)
-        for share in shares:
-            scale = _f16(base * share)
-            error = _error(self, w, scale, importance)
-            better = error < best_error
-            best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
-        return best
+        return _best(self, w, importance, _f16(base), (_f16(base * share) for share in shares))
 
     def divisor(self, scale: Tensor) -> Tensor:
         # A scale of zero belongs to a group that float16 cannot tell from zeros.
@@ -109,14 +102,7 @@ class E2m1Grid:
         exponent = torch.where(w.abs().amax(dim=1) > 0, exponent, -127)
         if self.scheme.scale_rule == "floor":
             return _power(exponent)
-        best_error = torch.full(exponent.shape, torch.inf, device=w.device)
-        best = _power(exponent)
-        for step in (-1, 0, 1):
-            scale = _power(exponent + step)
-            error = _error(self, w, scale, importance)
-            better = error < best_error
-            best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
-        return best
+        return _best(self, w, importance, _power(exponent), (_power(exponent + step) for step in (-1, 0, 1)))
 
     def divisor(self, scale: Tensor) -> Tensor:
         return scale
@@ -144,10 +130,19 @@ class E2m1Grid:
         return QTensor(name, self.scheme, pack_nibbles(codes), (exponents + 127).astype(np.uint8))
 
 
-def _error(grid: Grid, w: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
-    """Squared error of w [B, group, N] under scales [B, N], weighed; [B, N]."""
-    error = grid.level(w, grid.divisor(scale)[:, None]).mul_(scale[:, None]).sub_(w).square_()
-    return error.mul_(importance[:, :, None]).sum(1)
+def _best(grid: Grid, w: Tensor, importance: Tensor, fallback: Tensor, scales: Iterable[Tensor]) -> Tensor:
+    """Of `scales` [B, N] the one of least weighed squared error for each group of w [B, group, N], the first on a tie.
+
+    `fallback` where none has a finite error.
+    """
+    torch = import_torch()
+    best, least = fallback, torch.full_like(fallback, torch.inf)
+    for scale in scales:
+        error = grid.level(w, grid.divisor(scale)[:, None]).mul_(scale[:, None]).sub_(w).square_()
+        error = error.mul_(importance[:, :, None]).sum(1)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    return best
 
 
 def _f16(scale: Tensor) -> Tensor:

@@ -25,10 +25,6 @@ class Spill:
         self.folder, self.shape = folder, (2, tokens, hidden)
         folder.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * 4
-
     def latest(self) -> int | None:
         """The layer that the states on disk are the input of; None where there are none that can be trusted."""
         try:
