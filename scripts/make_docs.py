@@ -82,8 +82,10 @@ def profiles() -> str:
     rows = []
     for p in map(load_profile, profile_names()):
         hardware = (format_size(p.hardware.memory), format_size(p.hardware.usable), f"{p.hardware.context:,}")
-        rows.append((code(p.name), p.title, *hardware, code(p.model), ", ".join(code(a.folder) for a in p.artifacts)))
-    return table(("profile", "for", "memory", "usable", "context", "default model", "makes"), rows)
+        made = [", ".join(code(a.folder) for a in p.artifacts if a.default is default) for default in (True, False)]
+        rows.append((code(p.name), p.title, *hardware, code(p.model), *made))
+    columns = ("profile", "for", "memory", "usable", "context", "default model", "makes", "on request")
+    return table(columns, rows)
 
 
 def recipes() -> str:

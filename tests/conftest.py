@@ -12,6 +12,12 @@ import pytest
 DEMO = Path(__file__).parent / "data" / "tiny-gpt-oss"
 
 
+def pytest_configure(config):
+    """Without -m, what takes minutes is left out."""
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
 @dataclass(frozen=True)
 class Done:
     """A finished command. `json` is its stdout parsed, or None."""
@@ -39,6 +45,21 @@ def run_exporter(*arguments, env=None, timeout=120, cwd=None) -> Done:
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def make_artifact(root, fmt, recipe, target="", *, until="export", more="") -> Path:
+    """The folder of the demo checkpoint as the only artifact of a profile, proved on a short text if at all."""
+    from exporter.pipeline.profiles import source_text
+
+    text = source_text("cpu")
+    hardware, rest = text[: text.index("[[artifact]]")], text[text.index("[validate]") :]
+    artifact = f'[[artifact]]\nformat = "{fmt}"\nrecipe = "{recipe}"\ntarget = "{target}"\n{more}\n\n'
+    short = rest.replace("windows = 4", "windows = 1").replace("length = 512", "length = 128")
+    profile = root / f"one-{target}.toml"
+    profile.write_text(hardware + artifact + short)
+    done = run_exporter("quantize", "-p", profile, DEMO, "--out", root, "--until", until, "--json")
+    assert done.code == 0, done.err
+    return Path(done.json["artifacts"][0]["path"])
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ import click
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Make": {
         "quantize": ("exporter.cli.quantize", "Quantize, export and prove: the whole job."),
+        "export": ("exporter.cli.export", "Make artifacts of numbers that are there already."),
         "plan": ("exporter.cli.plan", "Show what a profile would make, and what it weighs."),
     },
     "Check": {
         "fit": ("exporter.cli.fit", "Show whether a model fits a device, byte by byte."),
+        "bench": ("exporter.cli.bench", "Measure the speed and the memory of an artifact on this machine."),
         "inspect": ("exporter.cli.inspect", "Describe a checkpoint."),
         "doctor": ("exporter.cli.doctor", "Look for everything that is wrong with a checkpoint."),
     },

@@ -11,10 +11,20 @@ from exporter.cli.output import print_json, print_table
 @click.command()
 @options.model
 @options.profile
+@options.formats
+@options.targets
 @options.recipe
 @options.context
 @options.as_json
-def command(model: str | None, profile: str, recipe: str | None, context: int | None, as_json: bool) -> int:
+def command(
+    model: str | None,
+    profile: str,
+    formats: tuple[str, ...],
+    targets: tuple[str, ...],
+    recipe: str | None,
+    context: int | None,
+    as_json: bool,
+) -> int:
     """Show whether a model fits a device, byte by byte.
 
     MODEL is a folder, a Hub id, "20b" or "120b"; without it, the profile's own. Weights, KV cache
@@ -25,17 +35,18 @@ def command(model: str | None, profile: str, recipe: str | None, context: int | 
     Examples:
       exporter fit --profile 16gb --context 32768
       exporter fit --profile 80gb 120b
+      exporter fit --profile 24gb --format onnx --target cpu
     """
     from dataclasses import asdict
 
     from exporter.cli.plan import fit_rows
-    from exporter.pipeline.plan import make_plan, misfit
+    from exporter.pipeline.plan import misfit
     from exporter.pipeline.profiles import load_profile
-    from exporter.pipeline.source import outline_model
+    from exporter.pipeline.request import RunRequest, plan_outline
 
-    loaded = load_profile(profile)
-    outline = outline_model(loaded.model if model is None else model)
-    plan = make_plan(outline.name, outline.config, outline.scheme_of, loaded, recipe=recipe, context=context)
+    model = load_profile(profile).model if model is None else model
+    request = RunRequest(model, profile, formats=formats, targets=targets, recipe=recipe, context=context)
+    _, plan = plan_outline(request)
     if as_json:
         rows = [
             {

@@ -27,7 +27,15 @@ profile = click.option(
     "-p", "--profile", metavar="NAME|FILE", required=True, help="For which hardware; see `exporter profiles`."
 )
 formats = click.option(
-    "-f", "--format", "formats", metavar="NAME", multiple=True, help="Only these formats. Repeatable."
+    "-f",
+    "--format",
+    "formats",
+    metavar="NAME",
+    multiple=True,
+    help="Only these formats, also those on request. Repeatable.",
+)
+targets = click.option(
+    "-t", "--target", "targets", metavar="NAME", multiple=True, help="Only artifacts for these targets. Repeatable."
 )
 recipe = click.option("--recipe", metavar="NAME|FILE", help="Use this recipe in place of the profile's.")
 context = click.option("-c", "--context", type=click.IntRange(1), metavar="TOKENS", help="Context length to fit.")

@@ -20,6 +20,7 @@ from exporter.types.sizes import format_size
 @options.model
 @options.profile
 @options.formats
+@options.targets
 @options.recipe
 @options.context
 @click.option("--sensitivity", is_flag=True, help="Measure which tensors mind which numbers; write the best recipe.")
@@ -42,6 +43,7 @@ def command(
     model: str | None,
     profile: str,
     formats: tuple[str, ...],
+    targets: tuple[str, ...],
     recipe: str | None,
     context: int | None,
     sensitivity: bool,
@@ -67,18 +69,22 @@ def command(
     Examples:
       exporter plan --profile 16gb openai/gpt-oss-20b
       exporter plan --profile 80gb --context 65536
+      exporter plan --profile 16gb --format onnx --target cpu
       exporter plan --profile 16gb ./my-fine-tune --sensitivity --target-bytes 11G
     """
-    if not sensitivity:
-        for name, value in (("target-bytes", target_bytes), ("write", write), ("calibration", calibration)):
-            if value is not None:
-                raise UsageError(f"--{name} goes with --sensitivity", hint="add --sensitivity, or leave it out")
-        return show_plan(model, profile, formats, recipe, context, as_json)
+    own = {"target-bytes": target_bytes, "write": write, "calibration": calibration}
+    _refuse_mixed(sensitivity, targets, [name for name, value in own.items() if value is not None])
     from exporter.pipeline.profiles import load_profile
+    from exporter.pipeline.request import RunRequest
+
+    model = load_profile(profile).model if model is None else model
+    if not sensitivity:
+        asked = RunRequest(model, profile, formats=formats, targets=targets, recipe=recipe, context=context)
+        return show_plan(asked, as_json)
     from exporter.pipeline.sensitivity import SensitivityRequest
 
     request = SensitivityRequest(
-        model=load_profile(profile).model if model is None else model,
+        model=model,
         profile=profile,
         formats=formats,
         recipe=recipe,
@@ -91,6 +97,14 @@ def command(
         write=write,
     )
     return _measure(request, quiet, as_json)
+
+
+def _refuse_mixed(sensitivity: bool, targets: tuple[str, ...], given: list[str]) -> None:
+    """Options that go with --sensitivity only, and the one that does not go with it. Raises UsageError."""
+    if given and not sensitivity:
+        raise UsageError(f"--{given[0]} goes with --sensitivity", hint="add --sensitivity, or leave it out")
+    if sensitivity and targets:
+        raise UsageError("--target does not go with --sensitivity", hint="one recipe serves all targets of a format")
 
 
 def _measure(request: Any, quiet: bool, as_json: bool) -> int:
@@ -153,19 +167,12 @@ def sensitivity_json(answer: Any) -> dict[str, Any]:
     }
 
 
-def show_plan(
-    model: str | None, profile: str, formats: tuple[str, ...], recipe: str | None, context: int | None, as_json: bool
-) -> int:
+def show_plan(request: Any, as_json: bool) -> int:
     """Print the plan; exit code 4 when it cannot work, with the reason in the one JSON object or as the error."""
-    from exporter.pipeline.plan import make_plan, misfit
-    from exporter.pipeline.profiles import load_profile
-    from exporter.pipeline.source import outline_model
+    from exporter.pipeline.plan import misfit
+    from exporter.pipeline.request import plan_outline
 
-    loaded = load_profile(profile)
-    outline = outline_model(loaded.model if model is None else model)
-    plan = make_plan(
-        outline.name, outline.config, outline.scheme_of, loaded, formats=formats, recipe=recipe, context=context
-    )
+    outline, plan = plan_outline(request)
     refused = misfit(plan)
     if as_json:
         print_json({**plan_json(plan), "source": outline.source, "refused": refused.message if refused else None})
@@ -174,6 +181,9 @@ def show_plan(
         for artifact in plan.artifacts:
             _show(artifact)
         say(f"disk: {format_size(plan.store_bytes() + sum(a.nbytes for a in plan.artifacts))}")
+        if plan.on_request:
+            ask = " ".join(f"--format {name}" for name in dict.fromkeys(a.format for a in plan.on_request))
+            say(f"on request ({ask}): {', '.join(a.folder for a in plan.on_request)}")
     if refused is None:
         return 0
     if not as_json:
@@ -207,6 +217,7 @@ def plan_json(plan: Any) -> dict[str, Any]:
             }
             for a in plan.artifacts
         ],
+        "on_request": [{"format": a.format, "recipe": a.recipe, "target": a.target} for a in plan.on_request],
     }
 
 

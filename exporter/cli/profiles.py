@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import click
 
 from exporter.cli import options
 from exporter.cli.output import print_json, print_table
 from exporter.types.sizes import format_size
+
+
+def _made(artifacts: Any) -> str:
+    """Names of artifacts; in brackets those that are made only when their format is asked for."""
+    return ", ".join(a.folder if a.default else f"({a.folder})" for a in artifacts)
 
 
 @click.command()
@@ -18,7 +24,8 @@ def command(name: str | None, as_json: bool) -> None:
     """List profiles and recipes, or print one.
 
     A profile says for which hardware, a recipe which numbers. Both are short TOML files; copy one,
-    change it, and pass its path as --profile or --recipe.
+    change it, and pass its path as --profile or --recipe. Artifacts in brackets are made when --format
+    asks for them.
 
     \b
     Examples:
@@ -52,7 +59,7 @@ def command(name: str | None, as_json: bool) -> None:
             format_size(p.hardware.usable),
             f"{p.hardware.context:,}",
             p.model,
-            ", ".join(a.folder for a in p.artifacts),
+            _made(p.artifacts),
         )
         for p in loaded
     ]

@@ -36,12 +36,26 @@ class Provenance:
     digest: str
     tensor_digests: Mapping[str, str]
 
+    def entries(self) -> dict[str, str]:
+        """The facts as the metadata of a file that holds strings by name; the digests come last, in order."""
+        facts = {
+            "exporter.version": self.exporter_version,
+            "exporter.source_repo": self.source_repo,
+            "exporter.source_revision": self.source_revision,
+            "exporter.recipe": self.recipe,
+            "exporter.recipe_sha256": self.recipe_sha256,
+            "exporter.digest": self.digest,
+            "exporter.tensor_digests": "\n".join(f"{name} {digest}" for name, digest in self.tensor_digests.items()),
+        }
+        return {name: value for name, value in facts.items() if value}
+
 
 @dataclass(frozen=True)
 class ExportJob:
     """Everything a format may need beside the numbers. The JSON values are parsed files of the checkpoint.
 
-    `file(name)` gives the bytes of one of its small files, None where it has no such file.
+    `file(name)` gives the bytes of one of its small files, None where it has no such file. `context`: the
+    tokens that the artifact is planned for, 0 for as many as the model takes.
     """
 
     model_name: str
@@ -53,6 +67,7 @@ class ExportJob:
     generation_config: Mapping[str, Any]
     chat_template: str | None
     split_size: int = 0
+    context: int = 0
     file: Callable[[str], bytes | None] = lambda name: None
 
 
@@ -62,13 +77,15 @@ class Part:
 
     The leading index i starts at `offset + i * lead`; each of `axes` is (count, stride), outermost first;
     the last `width` bytes lie together. So a transposed matrix, or the even rows of an interleaved one,
-    is a part like any other: it is moved into place, and no format copies it about.
+    is a part like any other: it is moved into place, and no format copies it about. Two tensors may share
+    their bytes, each with its own bits of `mask` (rows of FP4 that lie in one byte); an array has only those.
     """
 
     offset: int
     lead: int
     width: int
     axes: tuple[tuple[int, int], ...] = ()
+    mask: int = 0xFF
 
     @property
     def index_bytes(self) -> int:
@@ -90,7 +107,7 @@ class FileLayout:
     """One output file, laid out before any number is written.
 
     `head` is what it begins with, all of it for a small file that is only copied; `parts` where the
-    arrays of each canonical tensor go.
+    arrays of each canonical tensor go. `filename` may have folders before it ("onnx/model.onnx").
     """
 
     filename: str
@@ -108,8 +125,20 @@ class Located:
     parts: tuple[Part, ...]
 
 
-# What proves an artifact: llama.cpp, or our own forward on the weights as they are read back from the files.
-Prover = Literal["llama.cpp", "reference"]
+@dataclass(frozen=True)
+class Footprint:
+    """What an artifact takes in its runtime: bytes of weights as the runtime holds them, and of one number of KV.
+
+    `windowed`: whether sliding layers keep their window only.
+    """
+
+    weights: int
+    kv_item: int = 2
+    windowed: bool = True
+
+
+# What proves an artifact: its runtime, or our own forward on the weights as they are read back from the files.
+Prover = Literal["llama.cpp", "onnxruntime", "reference"]
 
 
 class Format(Protocol):
@@ -118,6 +147,8 @@ class Format(Protocol):
     name: str
     title: str
     prover: Prover
+    # Limits that hold for this format beside a profile's: what only its prover measures.
+    gates: Mapping[str, float | bool]
 
     def for_target(self, target: str) -> Format:
         """This format as one kind of reader wants it, "" the default. Raises UsageError for an unknown one."""
@@ -139,6 +170,9 @@ class Format(Protocol):
 
     def target(self, step: Step) -> Target:
         """Name, type, shape and bytes; pure."""
+
+    def footprint(self, steps: Sequence[Step]) -> Footprint:
+        """Memory that the weights take where the artifact runs; pure."""
 
     def pack(self, step: Step, q: QTensor) -> list[U8]:
         """The stored bytes of some leading indices: for each part one array, [i, j..., b] in its own order."""

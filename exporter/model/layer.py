@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Read = Callable[[str, int, int], F32]
 # (names of the weights about to be used, expert or None, their input [n, K]): what calibration sees.
 Observe = Callable[[tuple[str, ...], int | None, "Tensor"], None]
+# (layer, its experts of each row int64 [N, top_k], likeliest first): called when a layer has routed its tokens.
+Routed = Callable[[int, "Tensor"], None]
 # (one of the parts of a layer): called when that part is done.
 Progress = Callable[[int], None]
 
@@ -73,10 +75,17 @@ class Layer:
     """Layer `index` of the model; holds no weights between calls."""
 
     def __init__(
-        self, config: ModelConfig, index: int, read: Read, device: str, observe: Observe | None = None
+        self,
+        config: ModelConfig,
+        index: int,
+        read: Read,
+        device: str,
+        observe: Observe | None = None,
+        routed: Routed | None = None,
     ) -> None:
         self.config, self.index, self.read, self.device = config, index, read, device
         self.observe = observe or (lambda names, expert, rows: None)
+        self.routed = routed or (lambda layer, chosen: None)
         self.prefix = f"model.layers.{index}."
 
     def forward(self, x: Tensor, ropes: Sequence[RopeConfig], progress: Progress = lambda part: None) -> None:
@@ -199,6 +208,7 @@ class Layer:
         torch, c = import_torch(), self.config
         norm = self.weight("post_attention_layernorm.weight", c.hidden_size)
         chosen, shares = self.route(x, norm)
+        self.routed(self.index, chosen)
         biases = {
             name: self.weight(f"mlp.experts.{name}_proj.bias", c.num_local_experts) for name in ("gate", "up", "down")
         }

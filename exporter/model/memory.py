@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from exporter.model.config import FULL, ModelConfig
 from exporter.types.profile import Hardware
 
-_KV_ITEM = 2  # f16, the default of llama.cpp and ONNX Runtime
+KV_ITEM = 2  # bytes of one number of the KV cache: f16, the default of llama.cpp and of GPUs in ONNX Runtime
 
 
-def kv_bytes(c: ModelConfig, context: int, ubatch: int = 0) -> tuple[int, int]:
+def kv_bytes(
+    c: ModelConfig, context: int, ubatch: int = 0, kv_item: int = KV_ITEM, windowed: bool = True
+) -> tuple[int, int]:
     """Bytes of the KV cache: (full-attention layers, sliding layers).
 
     A sliding layer keeps its window; a runtime that computes `ubatch` prompt tokens at once keeps those
     as well, rounded up to 256 cells (llama.cpp `llama-kv-cache-iswa.cpp`). `ubatch` 0: the window alone.
+    Without `windowed` a runtime keeps everything in every layer.
     """
-    cell = 2 * c.num_key_value_heads * c.head_dim * _KV_ITEM
+    cell = 2 * c.num_key_value_heads * c.head_dim * kv_item
     full = sum(t == FULL for t in c.layer_types)
-    cells = min(context, c.sliding_window)
-    if ubatch:
+    cells = min(context, c.sliding_window) if windowed else context
+    if ubatch and windowed:
         cells = min(_round_up(context), _round_up(c.sliding_window + ubatch))
         context = _round_up(context)
     return full * context * cell, (len(c.layer_types) - full) * cells * cell
@@ -54,8 +57,16 @@ class Fit:
         return self.total <= self.usable
 
 
-def fit(c: ModelConfig, weights: int, hardware: Hardware, context: int | None = None) -> Fit:
-    """Whether `weights` bytes of model run on `hardware` with a `context` of tokens.
+def fit(
+    c: ModelConfig,
+    weights: int,
+    hardware: Hardware,
+    context: int | None = None,
+    *,
+    kv_item: int = KV_ITEM,
+    windowed: bool = True,
+) -> Fit:
+    """Whether `weights` bytes of model run on `hardware` with a `context` of tokens; see kv_bytes for the rest.
 
     Buffers as llama.cpp's graph takes them with flash attention, its default: logits of one micro-batch
     (f32), the attention masks of full and sliding layers (f16), and the inputs of the chosen experts and of
@@ -63,7 +74,7 @@ def fit(c: ModelConfig, weights: int, hardware: Hardware, context: int | None = 
     at 8, 32 and 128 thousand tokens; this gives the same.
     """
     context = context or hardware.context
-    kv_full, kv_sliding = kv_bytes(c, context, hardware.ubatch)
+    kv_full, kv_sliding = kv_bytes(c, context, hardware.ubatch, kv_item, windowed)
     cells = _round_up(context) + _round_up(c.sliding_window + hardware.ubatch)
     activations = (c.num_experts_per_tok * c.intermediate_size + c.hidden_size) * 4
     return Fit(
@@ -78,12 +89,14 @@ def fit(c: ModelConfig, weights: int, hardware: Hardware, context: int | None = 
     )
 
 
-def largest_context(c: ModelConfig, weights: int, hardware: Hardware) -> int:
+def largest_context(
+    c: ModelConfig, weights: int, hardware: Hardware, *, kv_item: int = KV_ITEM, windowed: bool = True
+) -> int:
     """The longest context (a multiple of 256, up to the model's own) that fits; 0 if none does."""
     low, high = 0, c.max_position_embeddings // 256
     while low < high:
         middle = (low + high + 1) // 2
-        if fit(c, weights, hardware, middle * 256).fits:
+        if fit(c, weights, hardware, middle * 256, kv_item=kv_item, windowed=windowed).fits:
             low = middle
         else:
             high = middle - 1

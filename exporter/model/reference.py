@@ -7,17 +7,17 @@ gpt-oss), so only the k most likely tokens and the mass of the rest are kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import ExporterError
 from exporter.model.config import ModelConfig, RopeConfig
-from exporter.model.layer import Layer, Observe, Read, as_tensor, import_torch, rms_norm
+from exporter.model.layer import Layer, Observe, Read, Routed, as_tensor, import_torch, rms_norm
 from exporter.model.tensors import parameter_count
 from exporter.numerics.floats import F32
 from exporter.types import leaves
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+U16 = npt.NDArray[np.uint16]
 
 DEFAULT_TOP_K = 1024
 _ROWS = 4096  # token rows that meet a slice of the head at once
@@ -53,15 +54,7 @@ class ReferenceLogits:
 
     def save(self, path: Path) -> None:
         """Write an .npz; the file appears whole or not at all."""
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, allow_pickle=False, **{n: getattr(self, n) for n in self.__dataclass_fields__})
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        _save(path, {n: getattr(self, n) for n in self.__dataclass_fields__})
 
     @staticmethod
     def load(path: Path) -> ReferenceLogits:
@@ -95,6 +88,48 @@ class ReferenceLogits:
         return None
 
 
+class Routes:
+    """The experts that the reference chooses for each token: `experts` uint16 [layers, N, top_k], ascending.
+
+    Called by the layers as they route (`Routed`); of several rope variants only the first is kept.
+    """
+
+    def __init__(self, config: ModelConfig, positions: int) -> None:
+        shape = (config.num_hidden_layers, positions, config.num_experts_per_tok)
+        self.experts: U16 = np.zeros(shape, np.uint16)
+
+    def __call__(self, layer: int, chosen: Tensor) -> None:
+        self.experts[layer] = chosen[: self.experts.shape[1]].sort(dim=-1).values.cpu().numpy()
+
+    def save(self, path: Path) -> None:
+        """Write an .npz; the file appears whole or not at all."""
+        _save(path, {"experts": self.experts})
+
+    @staticmethod
+    def load(path: Path) -> U16:
+        """The experts of a saved record. Raises ExporterError when the file is not what `save` writes."""
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                experts: U16 = arrays["experts"]
+        except Exception as error:  # as in ReferenceLogits.load
+            raise _damaged(path, str(error)) from error
+        if experts.dtype != np.uint16 or experts.ndim != 3:
+            raise _damaged(path, f"experts is {experts.dtype} with {experts.ndim} axes")
+        return experts
+
+
+def _save(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _damaged(path: Path, problem: str) -> ExporterError:
     return ExporterError(f"{path}: reference logits cannot be read ({problem})", hint=f"rm {path}")
 
@@ -119,12 +154,14 @@ def reference_logits(
     *,
     top_k: int = DEFAULT_TOP_K,
     device: str = "cpu",
+    routed: Routed | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[ReferenceLogits]:
     """The reference's predictions for tokens int64 [W, T], one result for each of `ropes`.
 
     `read(name, start, stop)` gives float32 rows of a canonical tensor (model/tensors.py). The
-    variants share every decoded weight. `on_progress(done, total)` counts parameters.
+    variants share every decoded weight. `routed` hears of the experts that each layer chooses;
+    `on_progress(done, total)` counts parameters.
 
     Memory: two copies of the hidden states [R, W, T, H], one expert, one slice of the head, and the
     kept predictions (8 bytes * k a position). Raises ExporterError when a result is not finite.
@@ -135,7 +172,7 @@ def reference_logits(
         x = embed(config, read, tokens, device)
         progress.add(config.vocab_size * config.hidden_size)
         x = x.expand(len(ropes), *x.shape).contiguous()  # [R, W, T, H]
-        run_layers(config, read, x, ropes, device, progress=progress.add)
+        run_layers(config, read, x, ropes, device, routed=routed, progress=progress.add)
         norm = as_tensor(read("model.norm.weight", 0, config.hidden_size), device)
         rows = rms_norm(x, norm, config.rms_norm_eps).view(-1, config.hidden_size)  # [R * W * T, H]
         head = _Head(config, rows, np.tile(following(tokens), len(ropes)), top_k)
@@ -171,6 +208,7 @@ def run_layers(
     device: str,
     *,
     observe: Observe | None = None,
+    routed: Routed | None = None,
     progress: Callable[[int], None] = lambda parameters: None,
 ) -> None:
     """Change x [R, W, T, H] from embeddings into the last layer's output, in place."""
@@ -179,7 +217,7 @@ def run_layers(
     q_and_o = 2 * config.num_attention_heads * config.head_dim * config.hidden_size
     k_and_v = 2 * config.num_key_value_heads * config.head_dim * config.hidden_size
     for index in range(config.num_hidden_layers):
-        layer = Layer(config, index, read, device, observe)
+        layer = Layer(config, index, read, device, observe, routed)
         layer.forward(x, ropes, lambda part: progress(q_and_o + k_and_v if part < 0 else expert))
         if not bool(torch.isfinite(x).all()):
             raise ExporterError(

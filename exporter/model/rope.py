@@ -45,3 +45,14 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> F32:
 def attention_factor(rope: RopeConfig) -> float:
     """What cos and sin are multiplied by: 0.1 ln(factor) + 1 for YaRN (1.3466 for gpt-oss)."""
     return 0.1 * math.log(rope.factor) + 1 if rope.kind == "yarn" and rope.factor > 1 else 1.0
+
+
+def rotation_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[F32, F32]:
+    """cos and sin of positions 0 ... length - 1, attention factor included, float32 [length, head_dim / 2].
+
+    Angles are rounded to float32 as the released code rounds them (at position 131071 that is up to 0.004 rad),
+    their cosines once more, from float64.
+    """
+    angles = np.arange(length, dtype=np.float32)[:, None] * inverse_frequencies(rope, head_dim)
+    factor, wide = attention_factor(rope), angles.astype(np.float64)
+    return (np.cos(wide) * factor).astype(np.float32), (np.sin(wide) * factor).astype(np.float32)

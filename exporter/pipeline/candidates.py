@@ -12,7 +12,7 @@ from exporter.errors import Refused
 from exporter.formats.base import Format
 from exporter.model import tensor_specs
 from exporter.model.memory import fit
-from exporter.pipeline.plan import Plan
+from exporter.pipeline.plan import ArtifactPlan, Plan
 from exporter.types import Scheme, TensorSpec
 from exporter.types.recipe import CalibrationSpec, GptqSpec, Recipe, Step
 from exporter.types.sizes import format_size
@@ -56,25 +56,29 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Option:
-    """A candidate on one checkpoint. `nbytes`: in each artifact; `refused`: why one cannot hold it."""
+    """A candidate on one checkpoint. `nbytes`: in each artifact; `memory`: where it runs; `refused`: why one cannot
+    hold it."""
 
     candidate: Candidate
     steps: tuple[Step, ...]
     nbytes: tuple[int, ...] = ()
+    memory: tuple[int, ...] = ()
     refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One option for every group, and the bytes of all tensors in each artifact."""
+    """One option for every group, and the bytes of all tensors in each artifact and where it runs."""
 
     options: tuple[Option, ...]
     nbytes: tuple[int, ...]
+    memory: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """`limit`: bytes of weights that fit; `choices`: those within it that every format can hold."""
+    """`limit`: bytes of weights that fit, in the artifact with the least room; `choices`: those that fit and that
+    every format can hold."""
 
     labels: tuple[str, ...]
     options: tuple[Option, ...]
@@ -115,9 +119,9 @@ def survey(plan: Plan, scheme_of: Callable[[TensorSpec], Scheme], target_bytes: 
 
     What fits is decided by the profile's memory at its context, and by `target_bytes` of weights if given.
     """
-    artifacts = {(a.spec.format, a.spec.target): a.format for a in plan.artifacts}
+    artifacts = {(a.spec.format, a.spec.target): a for a in plan.artifacts}
     labels = tuple("-".join(part for part in key if part) for key in artifacts)
-    formats = list(artifacts.values())
+    formats = [a.format for a in artifacts.values()]
     specs = tensor_specs(plan.config)
     members = {g: [s for s in specs if any(fnmatchcase(s.name, p) for p in GROUPS[g])] for g in GROUPS}
     released = {g: candidates(g, [scheme_of(s) for s in members[g]]) for g in GROUPS}
@@ -130,17 +134,35 @@ def survey(plan: Plan, scheme_of: Callable[[TensorSpec], Scheme], target_bytes: 
     grouped = {s.name for group in members.values() for s in group}
     rest = steps_of(first, [s for s in specs if s.name not in grouped], scheme_of)
     possible = _choices(options, rest, formats)
-    room = fit(plan.config, 0, plan.profile.hardware)
-    limit = min(room.usable - room.total, target_bytes or room.usable)
-    fitting = tuple(c for c in possible if max(c.nbytes) <= limit)
+    rooms = [_room(plan, a) for a in artifacts.values()]
+    limits = [*rooms, target_bytes] if target_bytes else rooms
+    fitting = tuple(c for c in possible if _beyond(c, rooms, target_bytes)[0] <= 0)
     if not fitting:
-        smallest = min(possible, key=lambda c: max(c.nbytes))
+        smallest = min(possible, key=lambda c: _beyond(c, rooms, target_bytes))
+        over, size = _beyond(smallest, rooms, target_bytes)
         raise Refused(
             f"no choice fits: the smallest of {plan.model_name} ({described(smallest)}) is "
-            f"{format_size(max(smallest.nbytes))} of weights, and {format_size(max(0, limit))} is the limit",
+            f"{format_size(size)} of weights, and {format_size(max(0, size - over))} is the limit",
             hint="a larger --target-bytes or --profile, or a smaller --context",
         )
-    return Survey(labels, tuple(options), fitting, limit)
+    return Survey(labels, tuple(options), fitting, min(limits))
+
+
+def _room(plan: Plan, artifact: ArtifactPlan) -> int:
+    """Bytes of weights that the profile's memory has room for where an artifact runs."""
+    taken = artifact.format.footprint(artifact.steps)
+    empty = fit(
+        plan.config, 0, plan.profile.hardware, artifact.fit.context, kv_item=taken.kv_item, windowed=taken.windowed
+    )
+    return empty.usable - empty.total
+
+
+def _beyond(choice: Choice, rooms: Sequence[int], target_bytes: int | None) -> tuple[int, int]:
+    """Bytes that a choice is beyond what it may take in memory or in files, at the most, and which size that is."""
+    sizes = [(taken - room, taken) for taken, room in zip(choice.memory, rooms, strict=True)]
+    if target_bytes:
+        sizes += [(n - target_bytes, n) for n in choice.nbytes]
+    return max(sizes)
 
 
 def steps_of(
@@ -161,7 +183,13 @@ def _option(candidate: Candidate, steps: tuple[Step, ...], formats: Sequence[For
         for step in steps:
             if reason := fmt.refuse(step.scheme, step.spec):
                 return Option(candidate, steps, refused=f"{fmt.name}: {reason}")
-    return Option(candidate, steps, tuple(sum(f.target(s).nbytes for s in steps) for f in formats))
+    return Option(candidate, steps, *_sizes(steps, formats))
+
+
+def _sizes(steps: Sequence[Step], formats: Sequence[Format]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes of tensors in each artifact, and where it runs."""
+    files = tuple(sum(f.target(s).nbytes for s in steps) for f in formats)
+    return files, tuple(f.footprint(steps).weights for f in formats)
 
 
 def _choices(options: Sequence[Option], rest: tuple[Step, ...], formats: Sequence[Format]) -> list[Choice]:
@@ -171,7 +199,7 @@ def _choices(options: Sequence[Option], rest: tuple[Step, ...], formats: Sequenc
         if not every:
             reason = next(o.refused for o in options if o.candidate.group == group)
             raise Refused(f"no scheme of {group} can be held ({reason})", hint="choose another --format")
-    base = [sum(f.target(s).nbytes for s in rest) for f in formats]
+    files, memory = _sizes(rest, formats)
     found, refusal = [], None
     for chosen in itertools.product(*by_group.values()):
         steps = [*rest, *(s for o in chosen for s in o.steps)]
@@ -179,7 +207,8 @@ def _choices(options: Sequence[Option], rest: tuple[Step, ...], formats: Sequenc
         if reasons:
             refusal = reasons[0]
             continue
-        found.append(Choice(chosen, tuple(b + sum(o.nbytes[i] for o in chosen) for i, b in enumerate(base))))
+        nbytes = tuple(n + sum(o.nbytes[i] for o in chosen) for i, n in enumerate(files))
+        found.append(Choice(chosen, nbytes, tuple(n + sum(o.memory[i] for o in chosen) for i, n in enumerate(memory))))
     if not found:
         raise Refused(f"no choice of schemes can be held together ({refusal})", hint="choose fewer --format")
     return found

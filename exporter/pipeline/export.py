@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
@@ -38,6 +38,8 @@ from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
 JOURNAL = "export.jsonl"
+# Names in an artifact's folder that no format may use.
+OWN = (JOURNAL, "manifest.json", "report.json", "SHA256SUMS")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class _Partial:
         resumed = self._resumable(layouts)
         if not resumed and folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        for each in layouts:
+            (folder / each.filename).parent.mkdir(parents=True, exist_ok=True)
         self.descriptors = [os.open(folder / each.filename, os.O_RDWR | os.O_CREAT, 0o644) for each in layouts]
         self._journal = Journal(folder / JOURNAL)
         for descriptor, layout in zip(self.descriptors, layouts, strict=True):
@@ -106,8 +109,9 @@ def export(
     """Write every file of the artifact into `<folder>.partial` and return that path. Resumes.
 
     `layouts` are of a job whose provenance carries marks for digests (`manifest.MARK`): the store need
-    not be complete.
+    not be complete. Raises ValueError for a name that is no path inside the folder.
     """
+    require_names(layouts)
     partial = _Partial(folder.with_name(folder.name + ".partial"), layouts)
     try:
         places = _places(fmt, job.steps, layouts, partial.descriptors)
@@ -127,6 +131,17 @@ def export(
     finally:
         partial.release()
     return partial.folder
+
+
+def require_names(layouts: Sequence[FileLayout]) -> None:
+    """Raises ValueError for names that leave the folder, are there twice, or are the pipeline's own."""
+    seen = set(OWN)
+    for layout in layouts:
+        name = PurePosixPath(layout.filename)
+        plain = layout.filename == str(name) and not {"..", "."} & set(name.parts) and "\\" not in layout.filename
+        if name.is_absolute() or not name.parts or not plain or layout.filename in seen:
+            raise ValueError(f"{layout.filename!r} cannot be the name of an artifact's file")
+        seen.add(layout.filename)
 
 
 def layout_key(layouts: Sequence[FileLayout]) -> str:
@@ -190,6 +205,8 @@ def _intact(fmt: Format, step: Step, arrays: Sequence[U8], digest: bytes) -> boo
 
 def publish(partial: Path, folder: Path, manifest: Mapping[str, Any], replace: bool) -> None:
     """Write manifest.json and give the folder its final name; with `replace`, in place of an older artifact."""
+    for inner in sorted(p for p in partial.rglob("*") if p.is_dir()):
+        sync_folder(inner)
     write_whole(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -58,10 +58,10 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 def write_at(descriptor: int, parts: Sequence[np.ndarray[Any, Any]], offset: int) -> None:
     """Write arrays (flat uint8) one after another at `offset`."""
     for part in parts:
-        view = part.data
-        while view:
-            n = os.pwrite(descriptor, view, offset)
-            view, offset = view[n:], offset + n
+        n = os.pwrite(descriptor, part.data, offset)
+        while n < part.nbytes:  # a signal, or a full disk, which the next write reports
+            n += os.pwrite(descriptor, part.data[n:], offset + n)
+        offset += n
 
 
 def write_all(descriptor: int, raw: bytes) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from blake3 import blake3
 
 import exporter
+from exporter.errors import ExporterError
 from exporter.formats.base import Provenance
 from exporter.pipeline import leaves as parallel
 from exporter.pipeline.files import file_stamp, sha256_file, write_whole
@@ -80,8 +81,28 @@ def seal(folder: Path, source_hashes: Mapping[str, str], file_hashes: Mapping[st
         for name, digest in sorted(file_hashes.items())
     }
     write_whole(folder / "manifest.json", json.dumps(body, indent=1) + "\n")
+    write_whole(folder / "SHA256SUMS", _sums(folder, file_hashes))
+
+
+def _sums(folder: Path, file_hashes: Mapping[str, str]) -> str:
     sums = {**file_hashes, "manifest.json": sha256_file(folder / "manifest.json")}
-    write_whole(folder / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def require_sealed(folder: Path) -> None:
+    """Raises ExporterError where SHA256SUMS does not hold what manifest.json says, and manifest.json itself."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        same = (
+            _sums(folder, {name: each["sha256"] for name, each in files.items()}) == (folder / "SHA256SUMS").read_text()
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise ExporterError(
+            f"{folder}/manifest.json is not the one in SHA256SUMS, or not of its files",
+            hint="--overwrite makes the artifact again",
+        )
 
 
 def _tensor(artifact: ArtifactPlan, store: Store, facts: Provenance, name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from exporter.errors import Refused, UsageError
+from exporter.errors import Refused, UsageError, did_you_mean
 from exporter.formats import get_format
 from exporter.formats.base import Format
 from exporter.model import ModelConfig, tensor_specs
@@ -43,12 +43,13 @@ class ArtifactPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know beforehand."""
+    """Everything a run needs to know beforehand. `on_request`: what the profile makes when its format is asked for."""
 
     model_name: str
     config: ModelConfig
     profile: Profile
     artifacts: tuple[ArtifactPlan, ...]
+    on_request: tuple[ArtifactSpec, ...] = ()
 
     def store_bytes(self) -> int:
         """Bytes of codes that stores will hold, each recipe once."""
@@ -68,30 +69,36 @@ def make_plan(
     profile: Profile,
     *,
     formats: Sequence[str] = (),
+    targets: Sequence[str] = (),
     recipe: str | None = None,
     context: int | None = None,
 ) -> Plan:
     """Match rules, ask formats, add up bytes. Raises Refused or UsageError for what cannot work.
 
-    `recipe` replaces that of the profile's artifacts, and adds the formats that it is for; `formats` keeps
-    only those.
+    `recipe` replaces that of the profile's artifacts, and adds the formats that it is for; `formats` and
+    `targets` keep only those. `context` is that of every artifact.
     """
     if context:
-        profile = replace(profile, hardware=replace(profile.hardware, context=context))
-    if profile.hardware.context > config.max_position_embeddings:
+        artifacts = tuple(replace(a, context=0) for a in profile.artifacts)
+        profile = replace(profile, hardware=replace(profile.hardware, context=context), artifacts=artifacts)
+    chosen = wanted(profile, formats, targets, recipe)
+    longest = max(a.context or profile.hardware.context for a in chosen)
+    if longest > config.max_position_embeddings:
         raise Refused(
-            f"a context of {profile.hardware.context:,} is beyond the model's {config.max_position_embeddings:,}",
+            f"a context of {longest:,} is beyond the model's {config.max_position_embeddings:,}",
             hint=f"--context {config.max_position_embeddings}",
         )
     specs = tensor_specs(config)
-    artifacts = [_plan_artifact(a, specs, config, scheme_of, profile) for a in _wanted(profile, formats, recipe)]
-    return Plan(model_name, config, profile, tuple(artifacts))
+    planned = tuple(_plan_artifact(a, specs, config, scheme_of, profile) for a in chosen)
+    others = tuple(a for a in profile.artifacts if not (a.default or a.format in formats))
+    return Plan(model_name, config, profile, planned, others)
 
 
-def _wanted(profile: Profile, formats: Sequence[str], recipe: str | None) -> list[ArtifactSpec]:
+def wanted(profile: Profile, formats: Sequence[str], targets: Sequence[str], recipe: str | None) -> list[ArtifactSpec]:
+    """The artifacts of a profile that are asked for: see `make_plan`. Raises UsageError for what it does not make."""
     for name in formats:
         get_format(name)
-    every = list(profile.artifacts)
+    every = [a for a in profile.artifacts if a.default or a.format in formats]
     if recipe is not None:
         every = list({a.folder: a for a in (replace(a, recipe=recipe) for a in every)}.values())
         made = {a.format for a in every}
@@ -99,17 +106,42 @@ def _wanted(profile: Profile, formats: Sequence[str], recipe: str | None) -> lis
         every += [ArtifactSpec(f, recipe, split_size=split) for f in load_recipe(recipe).formats if f not in made]
     chosen = [a for a in every if not formats or a.format in formats]
     if missing := set(formats) - {a.format for a in chosen}:
-        available = ", ".join(sorted({a.format for a in every}))
+        available = ", ".join(sorted({a.format for a in (*profile.artifacts, *every)}))
         raise UsageError(
             f"profile {profile.name} makes no {min(missing)}; it makes {available}",
             hint=f"copy profiles/{profile.name}.toml, add an [[artifact]], and pass the file as --profile",
         )
+    chosen = _of_targets(chosen, targets, profile)
     folders = [a.folder for a in chosen]
     if twice := {f for f in folders if folders.count(f) > 1}:
         raise UsageError(
             f"profile {profile.name} makes {min(twice)} twice", hint='give one of the two a target = "name"'
         )
+    if not chosen:
+        offered = sorted({a.format for a in profile.artifacts})
+        raise UsageError(
+            f"profile {profile.name} makes nothing that is not asked for; it makes {', '.join(offered)}",
+            hint=f"--format {offered[0]}",
+        )
     return chosen
+
+
+def _of_targets(every: list[ArtifactSpec], targets: Sequence[str], profile: Profile) -> list[ArtifactSpec]:
+    """Those of the targets; all where none is named."""
+    known = sorted({a.target for a in every if a.target})
+    for target in targets:
+        if target in known:
+            continue
+        formats = [a.format for a in profile.artifacts if a.target == target and a not in every]
+        message = f'profile {profile.name} makes nothing for target "{target}"'
+        if formats:
+            raise UsageError(f"{message} that is not asked for", hint=f"--format {formats[0]} --target {target}")
+        others = sorted({a.target for a in profile.artifacts if a.target})
+        raise UsageError(
+            f"{message}.{did_you_mean(target, known or others)}",
+            hint=f"targets: {', '.join(known or others) or 'none'}",
+        )
+    return [a for a in every if not targets or a.target in targets]
 
 
 def _plan_artifact(
@@ -132,15 +164,17 @@ def _plan_artifact(
             )
     if reason := fmt.refuse_steps(steps):
         raise Refused(f"{fmt.name} cannot hold recipe {recipe.name}: {reason}", hint="choose another --recipe")
-    nbytes = sum(fmt.target(s).nbytes for s in steps)
+    hardware = replace(profile.hardware, context=spec.context or profile.hardware.context)
+    taken = fmt.footprint(steps)
+    item, windowed = taken.kv_item, taken.windowed
     return ArtifactPlan(
         spec=spec,
         format=fmt,
         recipe=recipe,
         steps=steps,
-        nbytes=nbytes,
-        fit=fit(config, nbytes, profile.hardware),
-        largest_context=largest_context(config, nbytes, profile.hardware),
+        nbytes=sum(fmt.target(s).nbytes for s in steps),
+        fit=fit(config, taken.weights, hardware, kv_item=item, windowed=windowed),
+        largest_context=largest_context(config, taken.weights, hardware, kv_item=item, windowed=windowed),
     )
 
 

@@ -1,12 +1,11 @@
 """Prove a finished artifact: unpack it and compare digests, then run it against the reference.
 
-What runs it is the format's to say: llama.cpp for a GGUF; for a Hugging Face folder our own forward, on the
-weights as they are read back from its files.
+What runs it is the format's to say: llama.cpp for a GGUF; ONNX Runtime and onnxruntime-genai for an ONNX folder;
+for a Hugging Face folder our own forward, on the weights as they are read back from its files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -15,33 +14,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import exporter
 from exporter.errors import ExporterError
 from exporter.formats.base import FileLayout, Format, Located
-from exporter.model import parameter_count
-from exporter.model.config import RopeConfig
-from exporter.model.layer import Read
-from exporter.model.reference import ReferenceLogits, reference_logits
+from exporter.model.reference import ReferenceLogits
 from exporter.numerics import decode
 from exporter.numerics.floats import F32
 from exporter.pipeline import leaves as parallel
 from exporter.pipeline import regions
 from exporter.pipeline.files import write_whole
 from exporter.pipeline.plan import ArtifactPlan
-from exporter.pipeline.progress import Progress
+from exporter.pipeline.progress import Progress, worker_stages
+from exporter.pipeline.prove_onnx import in_onnxruntime, missing_provider, provider_for
 from exporter.pipeline.quantize import tasks
-from exporter.pipeline.source import OpenedModel
+from exporter.pipeline.reference import Reference
 from exporter.types import leaf_count, leaf_range, tensor_digest
+from exporter.types.gates import GATES
 from exporter.types.profile import Profile
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
-from exporter.validate import gates, llama_cpp, text
+from exporter.validate import gates, text
 from exporter.validate.metrics import between, summary
 from exporter.validate.runtime import compare_ids, prove_gguf
-
-REFERENCE_TOP_K = 1024
 
 
 def check_digests(
@@ -107,71 +101,6 @@ def read_back(descriptor: int, place: Located, step: Step, start: int, stop: int
     return arrays
 
 
-class Reference:
-    """Reference logits of one checkpoint on the held-out text, made once and kept in `folder`."""
-
-    def __init__(self, model: OpenedModel, profile: Profile, folder: Path, device: str, progress: Progress) -> None:
-        assert model.checkpoint.tokenizer_file is not None  # Run has looked
-        self.tokenizer_file = model.checkpoint.tokenizer_file
-        self.sample = text.standard_library()
-        self.windows = text.windows(self.tokenizer_file, self.sample, profile.validate.windows, profile.validate.length)
-        rope = model.checkpoint.config.rope
-        self._model, self._device, self._progress = model, device, progress
-        self.scratch = folder.parent
-        ropes = [rope, llama_cpp.runtime_rope(rope)]
-        key = _key(model.fingerprint(), self.windows.tokens, f"{REFERENCE_TOP_K} {ropes} {device}")
-        self.release, self.runtime = self._load_or_make(
-            [folder / f"{key}-{name}.npz" for name in ("release", "llama.cpp")], ropes
-        )
-
-    def _load_or_make(self, paths: list[Path], ropes: list[RopeConfig]) -> list[ReferenceLogits]:
-        try:
-            return [ReferenceLogits.load(p) for p in paths]
-        except (OSError, ExporterError):
-            pass
-        made = self._forward(self._read, ropes, "reference")
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, logits in zip(paths, made, strict=True):
-            logits.save(path)
-        return made
-
-    def predict(self, read: Read, stage: str) -> ReferenceLogits:
-        """What other weights predict on the same text, in the arithmetic of `release`."""
-        return self._forward(read, [self._model.checkpoint.config.rope], stage)[0]
-
-    def _forward(self, read: Read, ropes: list[RopeConfig], stage: str) -> list[ReferenceLogits]:
-        config = self._model.checkpoint.config
-        self._progress.stage(stage, parameter_count(config), "parameters")
-        done = 0
-
-        def on_progress(now: int, _total: int) -> None:
-            nonlocal done
-            self._progress.advance(now - done)
-            done = now
-
-        made = reference_logits(
-            config,
-            read,
-            self.windows.tokens,
-            ropes,
-            top_k=min(config.vocab_size, REFERENCE_TOP_K),
-            device=self._device,
-            on_progress=on_progress,
-        )
-        self._progress.done()
-        return made
-
-    def _read(self, name: str, start: int, stop: int) -> F32:
-        return decode.values(self._model.checkpoint.read(name, start, stop))
-
-
-def _key(fingerprint: str, tokens: np.ndarray[Any, Any], settings: str) -> str:
-    """Names one reference: checkpoint, text, and how it is computed."""
-    h = hashlib.sha256(f"{fingerprint} {settings}\n".encode())
-    h.update(np.ascontiguousarray(tokens).tobytes())
-    return h.hexdigest()[:24]
-
-
 def prove(
     folder: Path,
     artifact: ArtifactPlan,
@@ -202,27 +131,49 @@ def prove(
         },
         "profile": {"name": profile.name, "sha256": profile.sha256},
     }
-    if artifact.format.prover == "llama.cpp":
-        report |= _in_llama_cpp(folder / layouts[0].filename, reference, threads, progress)
-    else:
-        report |= _in_our_forward(folder, artifact, reference, progress)
-    verdicts = gates.evaluate(report, {**profile.gates, **artifact.recipe.gates})
+    report |= _run(folder, artifact, layouts[0].filename, reference, threads, progress)
+    limits = {**_format_gates(artifact.format, report), **profile.gates, **artifact.recipe.gates}
+    verdicts = gates.evaluate(report, limits)
     report["gates"] = [asdict(v) for v in verdicts]
     report["status"] = "passed" if all(v.passed for v in verdicts) else "gate failed"
     write_whole(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     return report
 
 
+def _run(
+    folder: Path, artifact: ArtifactPlan, filename: str, reference: Reference, threads: int, progress: Progress
+) -> dict[str, Any]:
+    """What the format's prover finds; `filename`: the artifact's first file."""
+    prover, target = artifact.format.prover, artifact.spec.target
+    if prover == "llama.cpp":
+        return _in_llama_cpp(folder / filename, reference, threads, progress)
+    if prover == "reference":
+        return _in_our_forward(folder, artifact, reference)
+    provider = provider_for(target, artifact.steps)
+    if provider is None:
+        report = _in_our_forward(folder, artifact, reference)
+        report["runtime"]["executed_on_target"] = False
+        return report | {"not_run": {"onnxruntime": missing_provider(target)}}
+    own = _own_forward(folder, artifact, reference)
+    told = worker_stages(progress, "onnxruntime")
+    report = in_onnxruntime(folder, filename, target, provider, reference, own, threads, told)
+    progress.done()
+    return report
+
+
+def _format_gates(fmt: Format, report: Mapping[str, Any]) -> dict[str, float | bool]:
+    """The format's own limits on what its runtime measured: not on what `not_run` says it could not."""
+    not_run = report.get("not_run", {})
+    if fmt.prover in not_run:
+        return {}
+    return {
+        name: limit
+        for name, limit in fmt.gates.items()
+        if not any(f"{GATES[name].metric}.".startswith(f"{key}.") for key in not_run)
+    }
+
+
 def _in_llama_cpp(path: Path, reference: Reference, threads: int, progress: Progress) -> dict[str, Any]:
-    seen: dict[str, int] = {}
-
-    def on_progress(what: str, done: int, total: int) -> None:
-        if what not in seen:
-            progress.done()
-            progress.stage(f"llama.cpp: {what}", total, "steps")
-        progress.advance(done - seen.get(what, 0))
-        seen[what] = done
-
     report = prove_gguf(
         path,
         tokens=reference.windows.tokens,
@@ -232,17 +183,14 @@ def _in_llama_cpp(path: Path, reference: Reference, threads: int, progress: Prog
         runtime=reference.runtime,
         threads=threads,
         scratch=reference.scratch,
-        on_progress=on_progress,
+        on_progress=worker_stages(progress, "llama.cpp"),
     )
     progress.done()
     return report
 
 
-def _in_our_forward(folder: Path, artifact: ArtifactPlan, reference: Reference, progress: Progress) -> dict[str, Any]:
-    """The same figures without a runtime: the reference's arithmetic on the weights in the files.
-
-    There is no second arithmetic, so "export" and "release" are one comparison. No speed, no memory.
-    """
+def _own_forward(folder: Path, artifact: ArtifactPlan, reference: Reference) -> ReferenceLogits:
+    """What the reference's arithmetic predicts with the weights as they are read back from the files."""
     located = artifact.format.locate(folder, artifact.steps)
     steps = {step.name: step for step in artifact.steps}
     descriptors = {path: os.open(path, os.O_RDONLY) for path in {p.path for p in located.values()}}
@@ -250,13 +198,26 @@ def _in_our_forward(folder: Path, artifact: ArtifactPlan, reference: Reference, 
     def read(name: str, start: int, stop: int) -> F32:
         step, place = steps[name], located[name]
         arrays = read_back(descriptors[place.path], place, step, start, stop)
-        return decode.values(artifact.format.unpack(step, arrays))
+        try:
+            return decode.values(artifact.format.unpack(step, arrays))
+        except ValueError as error:
+            raise ExporterError(
+                f"{place.path}: {name} is damaged: {error}", hint="exporter quantize ... --overwrite makes it again"
+            ) from error
 
     try:
-        made = reference.predict(read, f"{artifact.format.name}: logits")
+        return reference.predict(read, f"{artifact.format.name}: logits")
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def _in_our_forward(folder: Path, artifact: ArtifactPlan, reference: Reference) -> dict[str, Any]:
+    """The same figures without a runtime: the reference's arithmetic on the weights in the files.
+
+    There is no second arithmetic, so "export" and "release" are one comparison. No speed, no memory.
+    """
+    made = _own_forward(folder, artifact, reference)
     tokenizer = text.load_tokenizer(reference.tokenizer_file)
     found = text.load_tokenizer(folder / "tokenizer.json")
     pieces = text.pieces(tokenizer, reference.sample)

@@ -58,6 +58,6 @@ def make(step: Step, q: QTensor) -> tuple[QTensor, dict[str, int]]:
     if step.method == "rtn":
         return round_to(q, step.scheme), {}
     if step.method == "gptq":
-        raise ExporterError(f"{step.name} changed in the store", hint="run the same command again: it is made anew")
+        raise ExporterError(f"{step.name} changed in the store", hint="`exporter quantize` makes it anew")
     require_finite(q)
     return q, {}

@@ -3,6 +3,8 @@
 A part may lie in one run (GGUF), in runs of a row (one of two interleaved matrices), or in pieces of four
 bytes far apart (a few rows of a transposed matrix). All are strided views of one span of the file, so
 the axes are sorted from far to near and neighbours that touch are merged; what is left is the runs.
+
+Where two parts share their bytes, each has bits of its own (`Part.mask`) and leaves the other's alone.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from exporter.pipeline.files import write_at
 from exporter.types.qtensor import U8
 
 # Runs shorter than this are not worth a system call each where they fill a good part of their span.
-_SHORT = 4096
+_SHORT = 1024
 _DENSE = 4  # at least a quarter of the span
+_ALL = 0xFF
 
 Words = npt.NDArray[Any]
 
@@ -39,7 +42,12 @@ def span(part: Part, count: int) -> int:
 
 
 def write(descriptor: int, part: Part, start: int, array: U8, lock: Lock) -> None:
-    """Write leading indices from `start` on. `lock` is the file's: short pieces go in by reading what lies between."""
+    """Write leading indices from `start` on. Raises ValueError for bits that are not the part's.
+
+    `lock` is the file's: short pieces go in by reading what lies between, shared bytes by reading the other bits.
+    """
+    if part.mask != _ALL and bool((array & np.uint8(_ALL ^ part.mask)).any()):
+        raise ValueError(f"an array has bits outside the mask {part.mask:#04x} of its part")
     count = array.size // part.index_bytes
     offset = part.offset + start * part.lead
     near, strides = _far_to_near(part, array.reshape(array_shape(part, count)))
@@ -48,15 +56,29 @@ def write(descriptor: int, part: Part, start: int, array: U8, lock: Lock) -> Non
     if runs.shape[1] < _SHORT and len(runs) > 1 and runs.size * _DENSE >= span(part, count):
         with lock:
             raw = _pread(descriptor, span(part, count), offset)
-            _view(raw, near.dtype.itemsize, near.shape, strides)[...] = near
+            _put(_view(raw, near.dtype.itemsize, near.shape, strides), near, part.mask)
             write_at(descriptor, [raw], offset)
         return
-    for index, piece in zip(np.ndindex(near.shape[:run]), runs, strict=True):
-        write_at(descriptor, [piece], offset + sum(i * s for i, s in zip(index, strides, strict=False)))
+    for at, piece in zip(_starts(offset, near.shape[:run], strides), runs, strict=True):
+        if part.mask == _ALL:
+            write_at(descriptor, [piece], at)
+            continue
+        with lock:
+            raw = _pread(descriptor, piece.size, at)
+            _put(raw, piece, part.mask)
+            write_at(descriptor, [raw], at)
 
 
 def read(descriptor: int, part: Part, start: int, stop: int) -> U8 | None:
-    """Leading indices [start, stop), uint8 [stop - start, axes..., width]; None where the file ends before them."""
+    """Leading indices [start, stop), uint8 [stop - start, axes..., width]; None where the file ends before them.
+
+    Of shared bytes only the part's own bits, the others zero.
+    """
+    array = _read(descriptor, part, start, stop)
+    return array if array is None or part.mask == _ALL else array & np.uint8(part.mask)
+
+
+def _read(descriptor: int, part: Part, start: int, stop: int) -> U8 | None:
     count = stop - start
     shape = array_shape(part, count)
     offset = part.offset + start * part.lead
@@ -110,6 +132,25 @@ def _run_axes(shape: Sequence[int], strides: Sequence[int]) -> int:
         axis -= 1
         nbytes *= shape[axis]
     return axis
+
+
+def _starts(offset: int, shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Where each index of axes of these strides begins, in order."""
+    starts = np.full(1, offset, np.int64)
+    for count, stride in zip(shape, strides, strict=False):
+        starts = np.add.outer(starts, np.arange(count) * stride).reshape(-1)
+    found: list[int] = starts.tolist()
+    return found
+
+
+def _put(there: Words, words: Words, mask: int) -> None:
+    """Set the bits of `mask` in every byte of `there` to those of `words`; the others stay."""
+    if mask == _ALL:
+        there[...] = words
+        return
+    others = int.from_bytes(bytes([_ALL ^ mask]) * there.dtype.itemsize, "little")
+    there &= there.dtype.type(others)
+    there |= words
 
 
 def _view(raw: U8, size: int, shape: Sequence[int], strides: Sequence[int]) -> Words:

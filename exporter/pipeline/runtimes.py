@@ -1,28 +1,48 @@
-"""Whether this machine has what a proof needs: asked before any work, not after it."""
+"""Whether this machine has what a run needs: asked before any work, not after it."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 from exporter.errors import MissingExtra, UsageError
 
-_NEEDED = {"torch": "the reference forward", "tokenizers": "reading text", "xllamacpp": "running a GGUF"}
+# Module -> what it is for. The package's name differs by a dash.
+_PROOF = {"torch": "the reference forward", "tokenizers": "reading text"}
+_RUNTIMES = {
+    "gguf": ("validate", {"xllamacpp": "running a GGUF"}),
+    "onnx": (
+        "onnx",
+        {"onnxruntime": "running an ONNX artifact", "onnxruntime_genai": "generating from an ONNX artifact"},
+    ),
+}
+_WRITERS = {"onnx": ("onnx", {"onnx": "writing an ONNX graph", "onnx_ir": "writing an ONNX graph"})}
 
 
-def require_runtimes(device: str) -> None:
-    """Raises MissingExtra for a library that is not installed, UsageError for a device that is not there."""
-    for package, purpose in _NEEDED.items():
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtra(package, "validate", purpose)
+def require_runtimes(device: str, formats: Iterable[str]) -> None:
+    """Raises MissingExtra for a library that a proof of `formats` needs and is not here, UsageError for a device."""
+    _require("validate", _PROOF)
+    for name in formats:
+        _require(*_RUNTIMES.get(name, ("", {})))
     resolve_device(device)
+
+
+def require_writers(formats: Iterable[str]) -> None:
+    """Raises MissingExtra for a library that writing `formats` needs and is not installed."""
+    for name in formats:
+        _require(*_WRITERS.get(name, ("", {})))
 
 
 def require_calibration(device: str) -> None:
     """Raises MissingExtra for what calibrated rounding needs and is not installed, UsageError for no such device."""
-    for package, purpose in (("torch", "calibrated rounding"), ("tokenizers", "reading calibration text")):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtra(package, "validate", purpose)
+    _require("validate", {"torch": "calibrated rounding", "tokenizers": "reading calibration text"})
     resolve_device(device)
+
+
+def _require(extra: str, modules: dict[str, str]) -> None:
+    for module, purpose in modules.items():
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtra(module.replace("_", "-"), extra, purpose)
 
 
 def resolve_device(name: str) -> str:

@@ -36,12 +36,12 @@ from exporter.pipeline.calibration import calibration_windows
 from exporter.pipeline.candidates import Candidate, Choice, Option, Survey, recipe_text, steps_of, survey
 from exporter.pipeline.files import write_whole
 from exporter.pipeline.lock import locked
+from exporter.pipeline.machine import usable_cpus
 from exporter.pipeline.plan import Plan, make_plan, workers_for
 from exporter.pipeline.profiles import load_profile, load_recipe
 from exporter.pipeline.progress import Progress
-from exporter.pipeline.prove import REFERENCE_TOP_K, Reference
 from exporter.pipeline.quantize import make
-from exporter.pipeline.run import usable_cpus
+from exporter.pipeline.reference import REFERENCE_TOP_K, Reference
 from exporter.pipeline.runtimes import require_calibration, resolve_device
 from exporter.pipeline.source import ModelOutline, OpenedModel, must_download, open_model, outline_model
 from exporter.pipeline.store import open_store, store_folder, store_key

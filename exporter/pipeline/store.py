@@ -2,8 +2,8 @@
 
 A folder with `store.json` (what it holds), `journal.jsonl` (one line a finished leaf, with its digest)
 and `data.bin` (codes, scales, zeros of every tensor that the checkpoint does not hold as they are, each
-leaf at an offset known from the plan). Released codes and floats that are kept are not copied: their
-lines only carry the digest.
+leaf at an offset known from the plan). Released codes and floats that are kept are not copied, and MXFP4
+that becomes integers exactly is made anew when it is read (19 GB of 20b): their lines only carry the digest.
 
 Every leaf that is used is compared with its digest first and made again where it differs, so nothing
 depends on the order in which a killed run's pages reached the disk, or on their staying as they were.
@@ -12,6 +12,7 @@ depends on the order in which a killed run's pages reached the disk, or on their
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from exporter.pipeline.files import flushing, reserve, write_at, write_whole
 from exporter.pipeline.journal import Journal
 from exporter.pipeline.source import OpenedModel
 from exporter.quantize import NUMBERS
+from exporter.quantize.exact import from_mxfp4
 from exporter.types import QTensor, leaf_count, leaf_range, leaf_rows, tensor_digest
 from exporter.types.recipe import Step
 
@@ -43,7 +45,7 @@ class Store:
         self._facts: dict[tuple[str, int], dict[str, Any]] = {}
         self._offsets, size = _offsets(steps)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "store.json").exists():
+        if read_about(folder) != about:
             write_whole(folder / "store.json", json.dumps(about, indent=1) + "\n")
         self._data = os.open(folder / "data.bin", os.O_RDWR | os.O_CREAT, 0o644)
         reserve(self._data, size)
@@ -56,6 +58,10 @@ class Store:
 
     def has(self, step: Step, leaf: int) -> bool:
         return (step.name, leaf) in self._digests
+
+    def complete(self, steps: Sequence[Step]) -> bool:
+        """Whether every leaf of every step is finished."""
+        return all(self.has(s, i) for s in steps for i in range(leaf_count(s.spec.shape)))
 
     def append(self, step: Step, leaf: int, q: QTensor, facts: Mapping[str, Any] | None = None) -> None:
         """Commit one leaf, and what is known of how it was made (JSON values)."""
@@ -86,7 +92,8 @@ class Store:
     def read(self, step: Step, leaf: int) -> QTensor:
         """A finished leaf, from the checkpoint or from `data.bin`."""
         if step.by_reference:
-            return self._source(step.name, *leaf_range(step.spec.shape, leaf))
+            q = self._source(step.name, *leaf_range(step.spec.shape, leaf))
+            return from_mxfp4(q, step.scheme) if step.method == "exact" else q
         return self._read_data(step, leaf)
 
     def leaf_digest(self, step: Step, leaf: int) -> bytes:
@@ -139,13 +146,37 @@ def store_folder(out: Path, recipe: str, key: str) -> Path:
     return out / "store" / f"{recipe}-{key[:12]}"
 
 
-def open_store(out: Path, model: OpenedModel, recipe: str, steps: Sequence[Step], key: str) -> Store:
-    """The store of a recipe's steps on a model, new or taken up."""
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """store.json of a store; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / "store.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def find_stores(out: Path, recipe: str, numbers: str) -> list[Path]:
+    """The stores of a recipe's steps in `out`, one for each calibration text. `numbers`: store_key without it."""
+    folders = sorted((out / "store").glob(f"{glob.escape(recipe)}-*"))
+    return [folder for folder in folders if (read_about(folder) or {}).get("numbers") == numbers]
+
+
+def open_store(
+    out: Path,
+    model: OpenedModel,
+    recipe: str,
+    steps: Sequence[Step],
+    key: str,
+    calibration: Mapping[str, Any] | None = None,
+) -> Store:
+    """The store of a recipe's steps on a model, new or taken up. `calibration` says what they were calibrated on."""
     about = {
         "model": model.name,
         "repo": model.checkpoint.repo,
         "revision": model.checkpoint.revision,
         "recipe": recipe,
+        "numbers": store_key(model.fingerprint(), steps),
+        "calibration": calibration,
     }
     return Store(store_folder(out, recipe, key), steps, model.checkpoint.read, about)
 
@@ -158,6 +189,8 @@ def store_key(fingerprint: str, steps: Sequence[Step], calibration: str = "") ->
     h = hashlib.sha256(f"store-{NUMBERS} {fingerprint} {calibration}\n".encode())
     for s in steps:
         how = f"{s.scheme.scale_rule} {s.otherwise}"
+        if s.by_reference and s.method == "exact":
+            how += " by-reference"  # stores of before have its numbers in data.bin: another layout
         what = (s.name, s.method, s.source.name, s.scheme.name, how, str(leaf_rows(s.spec.shape)))
         h.update(" ".join(what).encode() + b"\n")
     return h.hexdigest()

@@ -26,6 +26,8 @@ _LOWEST, _HIGHEST = -24, 15  # powers of two that float16 holds exactly
 def from_mxfp4(q: QTensor, scheme: Scheme) -> QTensor:
     """MXFP4 [..., K] as int8 with groups that are a multiple of 32. Raises Refused naming the tensor."""
     assert q.scales is not None
+    if scheme.group == e2m1.BLOCK and (usual := _usual(q.data, q.scales.view(np.uint8), scheme)) is not None:
+        return QTensor(q.name, scheme, *usual)
     codes, exponents, lossless = _codes(q.data, q.scales.view(np.uint8), scheme)
     if not lossless.all():
         raise Refused(
@@ -49,6 +51,21 @@ def from_floats(q: QTensor, scheme: Scheme) -> Repacked:
     grouped[lossless] = codes.reshape(grouped.shape)[lossless]
     scales[lossless] = _scales(exponents)[lossless]
     return Repacked(QTensor(q.name, scheme, rounded, scales), int(lossless.sum()), lossless.size)
+
+
+def _usual(data: U8, scales: U8, scheme: Scheme) -> tuple[U8, npt.NDArray[np.float16]] | None:
+    """What `_codes` and `_scales` give where float16 holds every block's own exponent, ten times as fast; else None."""
+    # Two words of 16 codes each; the sign of a zero says nothing.
+    blocks = np.ascontiguousarray(data).reshape(-1, e2m1.BLOCK // 2).view("<u8")
+    empty = ~(blocks & np.uint64(0x7777_7777_7777_7777)).any(axis=-1).reshape(scales.shape)
+    exponents = np.where(empty, 0, scales.astype(np.int32) - 128)
+    if exponents.min(initial=0) < _LOWEST or exponents.max(initial=0) > _HIGHEST:
+        return None
+    levels = (_TWICE.astype(np.int16) + scheme.zero).astype("<u2")
+    table = np.tile(levels, 16) | np.repeat(levels << 8, 16)  # of a byte: its low nibble's code, then its high one's
+    # Without mode="clip" numpy looks at every index first, and takes ten times as long.
+    pairs = np.take(table, data, mode="clip")
+    return pairs.view(np.uint8).reshape(*data.shape[:-1], -1), _scales(exponents)
 
 
 def _codes(data: U8, scales: U8, scheme: Scheme) -> tuple[U8, I32, npt.NDArray[np.bool_]]:

@@ -21,7 +21,9 @@ class GateKind:
 
 # Profiles name these under [gates]. "export" compares with the reference computed the way the runtime
 # computes it (an export error shows here); "release" compares with the reference as released, so a
-# difference of the runtime itself (llama.cpp rounds the YaRN range) is included.
+# difference of the runtime itself (llama.cpp rounds the YaRN range) is included. Of an ONNX artifact
+# "export" is with float32 activations and "release" as shipped; "arithmetic" is as "export", but against
+# the same weights, so that no rounding of theirs hides an error.
 GATES: dict[str, GateKind] = {
     "digests_equal": GateKind("digests_equal", "equal", "every tensor unpacked from the file is the one stored"),
     "head_equal": GateKind("head_equal", "equal", "metadata and tensor tables are, byte for byte, the ones meant"),
@@ -32,6 +34,17 @@ GATES: dict[str, GateKind] = {
     "release_kl_mean": GateKind("release.kl_mean", "max", "mean KL against the released arithmetic, nats"),
     "release_kl_p99": GateKind("release.kl_p99", "max", "99th percentile of that KL, nats"),
     "release_top1": GateKind("release.top1", "min", "share of positions with the same most likely token"),
+    "arithmetic_kl_mean": GateKind("arithmetic.kl_mean", "max", "mean KL against our forward on the same weights"),
+    "cached_kl_mean": GateKind("cached.release.kl_mean", "max", "mean KL of decoding with the cache, nats"),
+    "cached_difference": GateKind(
+        "cached.logit_difference", "max", "what decoding with the cache changes in a logit of prefill, at most"
+    ),
+    "long_kl_mean": GateKind("long.release.kl_mean", "max", "mean KL beyond the length trained on, nats"),
+    "router_flips": GateKind("router.release.share", "max", "share of tokens and layers with other experts"),
+    "genai_kl_mean": GateKind("genai.kl_mean", "max", "mean KL in onnxruntime-genai, nats"),
+    "genai_difference": GateKind("genai.difference", "max", "mean difference of that KL from the plain graph's, nats"),
+    "genai_tokenizer_equal": GateKind("genai.tokenizer_equal", "equal", "onnxruntime-genai's token ids are equal"),
+    "genai_chat_equal": GateKind("genai.chat_equal", "equal", "onnxruntime-genai renders conversations equally"),
     "ppl_ratio": GateKind("release.ppl_ratio", "max", "perplexity of the artifact over that of the reference"),
 }
 

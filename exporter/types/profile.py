@@ -39,12 +39,18 @@ class Hardware:
 
 @dataclass(frozen=True)
 class ArtifactSpec:
-    """One file or folder to make. `split_size`: bytes above which a file is split; 0 never."""
+    """One file or folder to make. `split_size`: bytes above which a file is split; 0 never.
+
+    `context`: tokens that must fit, 0 for as many as the profile says. `default`: whether it is made when nobody
+    asks for its format.
+    """
 
     format: str
     recipe: str
     target: str = ""
     split_size: int = 0
+    context: int = 0
+    default: bool = True
 
     @property
     def folder(self) -> str:
@@ -118,14 +124,21 @@ def _hardware(raw: object, where: str) -> Hardware:
 
 
 def _artifact(raw: object, where: str) -> ArtifactSpec:
-    t = toml.Table(raw, where, ("format", "recipe", "target", "split_size"))
+    t = toml.Table(raw, where, ("format", "recipe", "target", "split_size", "context", "default"))
     split = t.get("split_size", str, "0")
     target = t.get("target", str, "")
     if target and not _TARGET.fullmatch(target):
         raise UsageError(
             f"{where}: target {target!r} is not a plain name", hint="letters, digits, dot, dash, underscore"
         )
-    return ArtifactSpec(t.get("format", str), t.get("recipe", str), target, parse_size(split))
+    return ArtifactSpec(
+        format=t.get("format", str),
+        recipe=t.get("recipe", str),
+        target=target,
+        split_size=parse_size(split),
+        context=_positive(t, "context") if "context" in t.raw else 0,
+        default=t.get("default", bool, True),
+    )
 
 
 def _required_gates(raw: object, where: str) -> dict[str, float | bool]:

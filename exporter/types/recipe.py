@@ -84,8 +84,8 @@ class Step:
 
     @property
     def by_reference(self) -> bool:
-        """Whether the store points at the checkpoint instead of holding the numbers."""
-        return self.method in ("keep", "pass")
+        """Whether the store points at the checkpoint instead of holding the numbers: they follow from it alone."""
+        return self.method in ("keep", "pass") or (self.method == "exact" and self.source.kind == "e2m1")
 
     @property
     def stored_bytes(self) -> int:

@@ -8,6 +8,7 @@ KL never exceeds the true one, and both distributions agree on a tail of small m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,19 @@ class Positions:
     def join(parts: list[Positions]) -> Positions:
         names = Positions.__dataclass_fields__
         return Positions(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+
+    def arrays(self, name: str) -> dict[str, F64]:
+        """NAME.kl, NAME.same_top, ...: as `of` reads them."""
+        return {f"{name}.{field}": getattr(self, field) for field in Positions.__dataclass_fields__}
+
+    @staticmethod
+    def of(arrays: Mapping[str, F64], name: str) -> Positions:
+        """What `arrays` laid into a mapping or an .npz under this name."""
+        return Positions(**{field: arrays[f"{name}.{field}"] for field in Positions.__dataclass_fields__})
+
+    def take(self, where: npt.NDArray[np.bool_] | slice) -> Positions:
+        """Some of the positions."""
+        return Positions(**{n: getattr(self, n)[where] for n in Positions.__dataclass_fields__})
 
 
 def log_sum_exp(x: F64) -> F64:

@@ -7,31 +7,24 @@ property of the runtime and gets its own figures.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from exporter.errors import ExporterError
 from exporter.model.reference import I64, ReferenceLogits
-from exporter.validate import llama_cpp
+from exporter.validate import child, llama_cpp
 from exporter.validate import text as texts
+from exporter.validate.child import OnProgress
 from exporter.validate.llama_cpp import FlashAttention, KvType
 from exporter.validate.llama_worker import Request
 from exporter.validate.metrics import Positions, between, summary
 
 SCRATCH_PREFIX = ".proof-"
-# (stage, done, total), as the worker gets on.
-OnProgress = Callable[[str, int, int], None]
 
 
 def prove_gguf(
@@ -96,6 +89,34 @@ def prove_gguf(
     }
 
 
+def bench_gguf(
+    path: Path,
+    *,
+    threads: int,
+    prompt: int,
+    generate: int,
+    repeats: int,
+    time_limit: float = 3600,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Speed and memory of a GGUF on held-out text: `prompt` tokens at once, then `generate` greedy ones.
+
+    Keys: "speed", "memory", "version", "load_average", as in the report on a proof.
+    """
+    request = Request(
+        model=str(path.absolute()),
+        references={},
+        results="",
+        pieces=[],
+        threads=threads,
+        length=prompt,
+        prompt=prompt,
+        generate=generate,
+        repeats=repeats,
+    )
+    return run_worker(request, time_limit, on_progress=on_progress)
+
+
 def _request(path: Path, folder: Path, references: Mapping[str, ReferenceLogits], **settings: Any) -> Request:
     """What the worker is asked, with the references laid into `folder` for it."""
     files = {name: folder / f"{name}.npz" for name in references}
@@ -108,10 +129,7 @@ def _request(path: Path, folder: Path, references: Mapping[str, ReferenceLogits]
 def _results(request: Request) -> dict[str, Positions]:
     """The comparison of every position with each reference, as the worker wrote it."""
     with np.load(request.results, allow_pickle=False) as results:
-        return {
-            name: Positions(**{f: results[f"{name}.{f}"] for f in Positions.__dataclass_fields__})
-            for name in request.references
-        }
+        return {name: Positions.of(results, name) for name in request.references}
 
 
 def compare_ids(pieces: Sequence[str], expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
@@ -132,70 +150,16 @@ def run_worker(
     command: Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """The worker's answer. Its crash, its error or a run beyond `time_limit` seconds is an ExporterError.
-
-    `on_progress` is called from another thread.
-    """
-    # -P: a folder called `exporter` in the working directory must not be imported.
-    command = command or (sys.executable, "-P", "-m", "exporter.validate.llama_worker")
-    name = Path(request.model).name
-    with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as errors:
-        question.write(json.dumps(dataclasses.asdict(request)).encode())
-        question.seek(0)
-        with subprocess.Popen(
-            command, stdin=question, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-        ) as process:
-            result: dict[str, Any] = {}
-            reader = threading.Thread(target=_listen, args=(process.stdout, result, on_progress), daemon=True)
-            reader.start()
-            try:
-                process.wait(time_limit)
-            except subprocess.TimeoutExpired:
-                raise ExporterError(
-                    f"{name} did not finish in llama.cpp within {time_limit:g} s",
-                    hint="fewer windows or a longer limit; more threads than free cores are slow",
-                ) from None
-            finally:  # also on Ctrl-C: nothing is left running
-                process.kill()
-                process.wait()
-                reader.join()
-        errors.seek(0)
-        said = errors.read().decode("utf-8", "replace")
-    return _answer(name, process.returncode, result, said)
-
-
-def _listen(lines: IO[bytes], result: dict[str, Any], on_progress: OnProgress | None) -> None:
-    """Read JSON lines until the worker ends; the last that is not progress is the result."""
-    for line in lines:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(message, dict):
-            continue
-        if "progress" not in message:
-            result.update(message)
-        elif on_progress:
-            on_progress(*message["progress"])
-
-
-def _answer(name: str, code: int, result: dict[str, Any], said: str) -> dict[str, Any]:
-    if "error" in result:
-        raise ExporterError(result["error"]["message"], hint=result["error"]["hint"])
-    if code == 0 and "answer" in result:
-        answer: dict[str, Any] = result["answer"]
-        return answer
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-    hint = "not enough memory?" if code == -signal.SIGKILL else "exporter doctor, then make the file again"
-    reason = _last_words(said)
-    raise ExporterError(f"llama.cpp {how} while running {name}" + (f": {reason}" if reason else ""), hint=hint)
-
-
-def _last_words(said: str) -> str:
-    """The line of native output that tells most: the last that speaks of an error, else the last."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line or "GGML_ASSERT" in line]
-    return (telling or lines or [""])[-1][:300]
+    """The llama.cpp worker's answer; see `child.run_worker`."""
+    return child.run_worker(
+        request,
+        "exporter.validate.llama_worker",
+        time_limit,
+        runtime="llama.cpp",
+        subject=Path(request.model).name,
+        command=command,
+        on_progress=on_progress,
+    )
 
 
 def _file_bytes(path: Path) -> int:

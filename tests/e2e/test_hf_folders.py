@@ -14,7 +14,8 @@ from exporter.pipeline.manifest import provenance
 from exporter.pipeline.profiles import source_text
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.prove import as_laid_out, check_digests
-from exporter.pipeline.run import Run, RunRequest
+from exporter.pipeline.request import RunRequest
+from exporter.pipeline.run import Run
 from tests.conftest import DEMO, run_exporter
 from tests.e2e.test_kill import COUNTED
 from tests.oracle.test_hf_folders import RECIPES
@@ -53,7 +54,7 @@ def judged(path, out):
         name: t["digest"] for name, t in json.loads((result.path / "manifest.json").read_text())["tensors"].items()
     }
     artifact = result.plan
-    layouts = artifact.format.layout(run._job(artifact, provenance(run.model, artifact, expected)))
+    layouts = artifact.format.layout(run.maker.job(artifact, provenance(run.model, artifact, expected)))
     digests = check_digests(result.path, artifact.format, artifact.steps, expected, 1, Progress())
     return {
         "digests_equal": not digests["different"],

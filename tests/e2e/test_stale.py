@@ -153,14 +153,14 @@ def test_a_checkpoint_that_changes_while_it_is_read(tmp_path):
     shard = next(model.glob("*.safetensors"))
     code = f"""
 import sys
-from exporter.pipeline import run
-real = run.hash_files
+from exporter.pipeline import artifact
+real = artifact.hash_files
 def changed(paths, workers, progress):
     with open({str(shard)!r}, "r+b") as f:
         f.seek(-1, 2)
         f.write(b"!")
     return real(paths, workers, progress)
-run.hash_files = changed
+artifact.hash_files = changed
 from exporter.cli import main
 main(sys.argv[1:])
 """
@@ -237,7 +237,9 @@ def test_a_target_is_a_plain_name(target, tmp_path):
     from exporter.pipeline.profiles import source_text
 
     profile = tmp_path / "p.toml"
-    profile.write_text(source_text("16gb").replace('recipe = "mxfp4-q8"', f'recipe = "mxfp4-q8"\ntarget = "{target}"'))
+    profile.write_text(
+        source_text("16gb").replace('recipe = "mxfp4-q8"', f'recipe = "mxfp4-q8"\ntarget = "{target}"', 1)
+    )
     done = run_exporter("quantize", "-p", profile, DEMO, "--out", tmp_path / "out", "--until", "quantize")
     assert done.code == (2 if target else 0)
     assert "not a plain name" in done.err or not target

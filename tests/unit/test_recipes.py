@@ -66,7 +66,7 @@ def test_exact_takes_mxfp4_and_says_what_becomes_of_the_rest():
     strict = recipe('match = "*"\nmethod = "exact"\nscheme = "int8-g32"')
     step = strict.step(EXPERT, MXFP4)
     assert (step.method, step.scheme.name, step.scheme.scale_rule) == ("exact", "int8-g32", "pow2")
-    assert (step.otherwise, step.by_reference) == (None, False)
+    assert (step.otherwise, step.by_reference) == (None, True)
     tuned = recipe('match = "*"\nmethod = "exact"\nscheme = "int8-g64"\notherwise = "absmax"')
     assert (tuned.step(EXPERT, BF16).method, tuned.step(EXPERT, BF16).otherwise) == ("exact", "absmax")
     assert tuned.step(EXPERT, MXFP4).scheme.group == 64

@@ -20,7 +20,8 @@ from exporter.pipeline.candidates import GROUPS, Candidate, candidates, recipe_t
 from exporter.pipeline.plan import make_plan, released_scheme
 from exporter.pipeline.profiles import load_profile, load_recipe
 from exporter.pipeline.progress import Progress
-from exporter.pipeline.run import Run, RunRequest
+from exporter.pipeline.request import RunRequest
+from exporter.pipeline.run import Run
 from exporter.pipeline.sensitivity import Sensitivities, Sensitivity, SensitivityRequest
 from exporter.quantize.exact import from_mxfp4
 from exporter.quantize.rtn import round_to
@@ -103,6 +104,21 @@ def test_the_limit_is_where_the_memory_ends():
     assert not fit(B20, found.limit + 1, hardware).fits
     assert survey_20b(target=found.limit - 1).limit == found.limit - 1
     assert survey_20b(target=10**15).limit == found.limit
+
+
+def test_what_fits_is_what_the_runtime_holds():
+    """Of an ONNX artifact on a CPU: more than its file, and keys and values of four bytes in every number."""
+    found = survey_20b("cpu", formats=("onnx",))
+    for choice in (found.choices[0], found.choices[-1]):
+        assert choice.memory[0] > choice.nbytes[0]
+        assert choice.memory[0] <= found.limit
+    hardware = load_profile("cpu").hardware
+    assert fit(B20, found.limit, hardware, kv_item=4).fits
+    assert not fit(B20, found.limit + 1, hardware, kv_item=4).fits
+    smallest = min(choice.nbytes[0] for choice in found.choices)
+    assert {c.nbytes[0] for c in survey_20b("cpu", target=smallest, formats=("onnx",)).choices} == {smallest}
+    larger = survey_20b("cpu", formats=("onnx",), context=B20.max_position_embeddings)
+    assert len(larger.choices) < len(found.choices)
 
 
 def test_groups_and_kept_tensors_are_all_of_the_model():

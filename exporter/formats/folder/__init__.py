@@ -12,15 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from exporter.errors import ExporterError
-from exporter.formats.base import ExportJob, FileLayout, Fixed, Located, Part, Prover, Target
+from exporter.formats.base import ExportJob, FileLayout, Fixed, Footprint, Located, Part, Prover, Target
 from exporter.formats.folder import shards
 from exporter.formats.folder.config import COPIED, config_json
 from exporter.formats.folder.shards import ITEM_BYTES, Stored
+from exporter.formats.groups import groups as grouped
 from exporter.model import ModelConfig
 from exporter.types import QTensor, Scheme, TensorSpec
 from exporter.types.qtensor import U8
@@ -64,6 +66,7 @@ class HfFolder(ABC):
 
     name: str
     prover: Prover = "reference"
+    gates: Mapping[str, float | bool] = MappingProxyType({})
     # Whether gate_proj and up_proj hold the halves of the interleaved matrix instead of what they are called.
     halves: bool = False
 
@@ -113,6 +116,9 @@ class HfFolder(ABC):
         kind = _FLOATS.get(step.scheme.name) or f"packed {step.scheme.name}"
         nbytes = sum(s.nbytes for s in self._stored(step))
         return Target(step.name.replace(".experts.", ".experts.*."), kind, step.spec.shape, nbytes)
+
+    def footprint(self, steps: Sequence[Step]) -> Footprint:
+        return Footprint(sum(self.target(step).nbytes for step in steps))
 
     def pack(self, step: Step, q: QTensor) -> list[U8]:
         packed: list[U8] = []
@@ -190,7 +196,7 @@ class HfFolder(ABC):
     # Files
 
     def layout(self, job: ExportJob) -> list[FileLayout]:
-        groups = self._groups(job)
+        groups = grouped(job.steps, job.split_size, lambda step: self.target(step).nbytes)
         count = len(groups)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if count == 1:
@@ -202,19 +208,6 @@ class HfFolder(ABC):
         small |= {name: raw for name in COPIED if (raw := job.file(name)) is not None}
         return files + [FileLayout(name, raw, len(raw)) for name, raw in small.items()]
 
-    def _groups(self, job: ExportJob) -> list[list[Step]]:
-        """Steps of each file, none above `split_size` unless one layer alone is: a layer is never cut."""
-        groups: list[list[Step]] = [[]]
-        used = 0
-        for unit in _units(job.steps):
-            n = sum(self.target(step).nbytes for step in unit)
-            if job.split_size and groups[-1] and used + n > job.split_size:
-                groups.append([])
-                used = 0
-            groups[-1] += unit
-            used += n
-        return groups
-
     def _file(self, job: ExportJob, name: str, steps: Sequence[Step], first: bool) -> FileLayout:
         stored = [s for step in steps for s in self._stored(step)]
         head, offsets, size = shards.encode_header(stored, {"format": "pt", **(self._provenance(job) if first else {})})
@@ -222,17 +215,7 @@ class HfFolder(ABC):
         return FileLayout(name, head, size, {step.name: self._parts(step, offsets) for step in steps}, fixed)
 
     def _provenance(self, job: ExportJob) -> dict[str, str]:
-        p = job.provenance
-        source = {"exporter.source_repo": p.source_repo, "exporter.source_revision": p.source_revision}
-        return {
-            "exporter.version": p.exporter_version,
-            "exporter.recipe": p.recipe,
-            "exporter.recipe_sha256": p.recipe_sha256,
-            **{key: value for key, value in source.items() if value},
-            "exporter.gate_up": self.gate_up,
-            "exporter.digest": p.digest,
-            "exporter.tensor_digests": "\n".join(f"{name} {digest}" for name, digest in p.tensor_digests.items()),
-        }
+        return {**job.provenance.entries(), "exporter.gate_up": self.gate_up}
 
     @property
     def gate_up(self) -> str:
@@ -283,14 +266,3 @@ def stored_names(step: Step, what: str) -> tuple[str, ...]:
         return (f"{layer}.{what}",)
     before, after = layer.split(".experts.")
     return tuple(f"{before}.experts.{i}.{after}.{what}" for i in range(step.spec.shape[0]))
-
-
-def _units(steps: Sequence[Step]) -> list[list[Step]]:
-    """Runs of steps of one layer; what belongs to none is on its own."""
-    units: list[list[Step]] = []
-    for step in steps:
-        if units and step.spec.layer is not None and units[-1][0].spec.layer == step.spec.layer:
-            units[-1].append(step)
-        else:
-            units.append([step])
-    return units

@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from exporter.errors import ExporterError, Refused
-from exporter.formats.base import ExportJob, FileLayout, Format, Located, Part, Prover, Target
+from exporter.formats.base import ExportJob, FileLayout, Footprint, Format, Located, Part, Prover, Target
 from exporter.formats.gguf import blocks, file
 from exporter.formats.gguf.blocks import BlockType
 from exporter.formats.gguf.keys import metadata, split_keys
@@ -69,6 +70,7 @@ class Gguf:
     name = "gguf"
     title = "llama.cpp, Ollama, LM Studio"
     prover: Prover = "llama.cpp"
+    gates: Mapping[str, float | bool] = MappingProxyType({})
 
     def for_target(self, target: str) -> Format:
         """One kind of GGUF serves all its readers: a target only tells two artifacts of a profile apart."""
@@ -145,6 +147,9 @@ class Gguf:
         kind, shape = self._type_of(step), step.spec.shape
         nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
         return Target(tensor_name(step.name), kind.name, shape, nbytes)
+
+    def footprint(self, steps: Sequence[Step]) -> Footprint:
+        return Footprint(sum(self.target(step).nbytes for step in steps))
 
     def pack(self, step: Step, q: QTensor) -> list[U8]:
         return [self._type_of(step).pack(q)]

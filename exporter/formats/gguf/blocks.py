@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.numerics.floats import bf16_to_f32, f32_is_bf16
+from exporter.numerics.floats import narrowed, widened
 from exporter.types import QTensor, Scheme
 from exporter.types.qtensor import U8
 
@@ -155,26 +155,11 @@ def _unpack_raw(raw: U8, name: str, scheme: Scheme) -> QTensor:
 
 
 def _pack_f32(q: QTensor) -> U8:
-    raw = _pack_raw(q)
-    if q.scheme.float_type == "f32":
-        return raw
-    if q.scheme.float_type == "bf16":
-        return bf16_to_f32(raw.view(np.uint16)).view(np.uint8)
-    return raw.view(np.float16).astype(np.float32).view(np.uint8)
+    return widened(_pack_raw(q), q.scheme.float_type)
 
 
 def _unpack_f32(raw: U8, name: str, scheme: Scheme) -> QTensor:
-    values = raw.view(np.float32)
-    if scheme.float_type == "bf16":
-        if not f32_is_bf16(values):
-            raise ValueError("holds numbers that are not bfloat16")
-        return QTensor(name, scheme, (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
-    if scheme.float_type == "f16":
-        half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values, equal_nan=True):
-            raise ValueError("holds numbers that are not float16")
-        return QTensor(name, scheme, half.view(np.uint8))
-    return QTensor(name, scheme, raw)
+    return QTensor(name, scheme, narrowed(raw, scheme.float_type))
 
 
 F32 = BlockType("F32", 0, 1, 4, _pack_f32, _unpack_f32)

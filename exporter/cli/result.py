@@ -1,0 +1,154 @@
+"""What a run answers with: one row an artifact, as a table or as JSON."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from exporter.cli.failures import stoppable
+from exporter.cli.output import peak_rss, print_json, print_table, progress, say
+from exporter.types.sizes import format_size
+
+
+def run_and_answer(request: Any, quiet: bool, as_json: bool) -> int:
+    """Do the job and answer; 3 when a gate failed."""
+    from exporter.pipeline.run import Run
+
+    stoppable()
+    started = time.monotonic()
+    result = Run(request, progress(quiet or as_json)).run()
+    rows = [_row(a) for a in result.artifacts]
+    seconds = time.monotonic() - started
+    if as_json:
+        answer = {"model": result.plan.model_name, "profile": result.plan.profile.name, "artifacts": rows}
+        print_json({**answer, "peak_rss_bytes": peak_rss(), "seconds": round(seconds, 3)})
+    else:
+        _show(result.plan, rows, seconds)
+    return 3 if any(row["status"] == "gate failed" for row in rows) else 0
+
+
+def _row(result: Any) -> dict[str, Any]:
+    """One artifact of the answer; keys that were not measured are absent."""
+    report, plan = result.report, result.plan
+    row: dict[str, Any] = {
+        "format": plan.format.name,
+        "recipe": plan.recipe.name,
+        "target": plan.spec.target,
+        "path": str(result.path) if result.path else None,
+        "bytes": result.nbytes or None,
+        "status": result.status,
+    }
+    if result.repacked[1]:
+        row["repacked"] = {"exact_blocks": result.repacked[0], "blocks": result.repacked[1]}
+    if result.starved:
+        row["starved_experts"] = result.starved
+    if report:
+        row |= {
+            "digests_equal": report["digests_equal"],
+            "digests": report["digests"],
+            "metrics": {**report["release"], "export": report["export"]},
+            "tokenizer_equal": report["tokenizer_equal"],
+            "runtime": report["runtime"],
+            "gates": report["gates"],
+        }
+        # What only some runtimes measure.
+        row |= {key: report[key] for key in ("speed", "memory", "not_run") if report.get(key)}
+        extra = {name: report.get(key) for name, key in _FIGURES.items()}
+        row["metrics"] |= {name: found for name, found in extra.items() if found}
+    return row
+
+
+_LEGEND = {
+    "llama.cpp": "KL and top-1 against the bf16 reference as released; "
+    "* against the reference as llama.cpp computes it.",
+    "onnxruntime": "KL and top-1 against the bf16 reference as released, of the graph as shipped; "
+    "* with float32 activations.",
+    "reference": "KL and top-1 against the bf16 reference as released, "
+    "in its own arithmetic on the weights in the files.",
+}
+# Name in the answer -> key of the report.
+_FIGURES = {"runtime": "runtime_difference", "cached": "cached", "long": "long", "router": "router", "genai": "genai"}
+
+
+def _show(plan: Any, rows: list[dict[str, Any]], seconds: float) -> None:
+    if not any("metrics" in row for row in rows):
+        for row in rows:
+            size = format_size(row["bytes"]) if row["bytes"] else ""
+            say(f"{_label(row)}  {row['status']}  {size}  {row['path'] or ''}".rstrip())
+    else:
+        columns = ("artifact", "size", "digests", "KL", "top-1", "tokens/s", "memory", "gates")
+        print_table(columns, map(_cells, rows), f"{plan.model_name} for {plan.profile.name}")
+    recipes: set[str] = set()
+    for row in rows:
+        _remarks(row, f"{_label(row)}: " if len(rows) > 1 else "", row["recipe"] not in recipes)
+        recipes.add(row["recipe"])
+    _legend(rows)
+    say(f"{seconds:.1f} s, peak memory {format_size(peak_rss())}")
+
+
+def _label(row: dict[str, Any]) -> str:
+    return "-".join(part for part in (row["format"], row["recipe"], row["target"]) if part)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    m, digests = row["metrics"], row["digests"]
+    failed = [g for g in row["gates"] if not g["passed"]]
+    verdict = f"ok, all {len(row['gates'])}"
+    if failed:
+        every = (f"{g['name']} {_value(g['value'])} (limit {_value(g['limit'])})" for g in failed)
+        verdict = "FAIL " + ",\n".join(every)
+    kl, top1, speed, memory = f"{m['kl_mean']:.2e}", f"{m['top1']:.2%}", "not run", "not run"
+    if _two_arithmetics(row):
+        kl, top1 = f"{kl}\n{m['export']['kl_mean']:.2e} *", f"{top1}\n{m['export']['top1']:.2%} *"
+    if each := row.get("speed"):
+        speed = f"prompt {each['prefill_tokens_per_second']:.0f}\nanswer {each['decode_tokens_per_second']:.0f}"
+        if not row["runtime"].get("executed_on_target", True):
+            speed += "\non the CPU"
+    if each := row.get("memory"):
+        memory = format_size(each["peak_rss_bytes"])
+    equal = f"{digests['equal']} of {digests['tensors']}"
+    return _label(row), format_size(row["bytes"]), equal, kl, top1, speed, memory, verdict
+
+
+def _two_arithmetics(row: dict[str, Any]) -> bool:
+    """Whether "export" and "release" are two comparisons: a runtime computed them, not our own forward."""
+    return "speed" in row
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _remarks(row: dict[str, Any], of: str, first: bool) -> None:
+    """Lines under the table that are of one artifact. `first` of its recipe: those of the numbers too."""
+    if "repacked" in row and first:
+        exact, blocks = row["repacked"]["exact_blocks"], row["repacked"]["blocks"]
+        say(f"{of}experts: {exact / blocks:.2%} of {blocks:,} blocks were on the MXFP4 grid and moved without loss")
+    if first and (starved := row.get("starved_experts")):
+        more = f" and {len(starved) - 6} more (manifest.json)" if len(starved) > 6 else ""
+        say(f"{of}calibrated on tokens of other experts too, for want of their own: {', '.join(starved[:6])}{more}")
+    if "metrics" not in row:
+        return
+    if d := row["metrics"].get("runtime"):
+        figures = f"KL {d['kl_mean']:.2e}, top-1 {d['top1']:.2%}"
+        say(f"{of}llama.cpp's own part (it rounds the YaRN range): {figures}.")
+    for reason in row.get("not_run", {}).values():
+        say(f"{of}not run: {reason}")
+    say(f"{row['path']}/report.json")
+
+
+def _legend(rows: list[dict[str, Any]]) -> None:
+    """What the figures of the table are against; a line for each kind of runtime."""
+    formats: dict[str, list[str]] = {}
+    for row in rows:
+        if "metrics" in row:
+            formats.setdefault(_kind(row), []).append(row["format"])
+    for kind, names in formats.items():
+        of = f"{', '.join(dict.fromkeys(names))}: " if len(formats) > 1 else ""
+        say(f"{of}{_LEGEND[kind]}")
+
+
+def _kind(row: dict[str, Any]) -> str:
+    if not _two_arithmetics(row):
+        return "reference"
+    return "llama.cpp" if "runtime" in row["metrics"] else "onnxruntime"

@@ -1,0 +1,223 @@
+"""Runs one graph in ONNX Runtime, in a process of its own: `python -m exporter.validate.onnx_worker`.
+
+`child.py` says how it is asked and how it answers; the request is a `Request`. Results of every position
+are an .npz that it names:
+
+windows     each window of the text at once, 512 tokens at most
+arithmetic  the same against another forward's logits
+chunked     the start of the first window in two pieces
+cached      the same window up to shortly before the attention window is full, then one token at a time
+long        one sequence to beyond the length that the rope was trained on, in pieces, the end one at a time
+routes      the experts of every token of the windows, uint16 [layers, N, top_k]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporter.errors import ExporterError
+from exporter.model.reference import I64, ReferenceLogits
+from exporter.numerics.floats import F32
+from exporter.validate import child
+from exporter.validate.child import OnProgress
+from exporter.validate.metrics import Positions, compare
+from exporter.validate.onnx_session import Activations, Decoding, Graph
+
+_WINDOW = 512  # tokens of a window that go in at once: 400 MiB of logits for gpt-oss
+_PIECE = 256  # tokens of one call of the long sequence
+_SINGLE = 32  # tokens at its end that go in alone
+CHUNKS = 100
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run; paths are absolute.
+
+    speed: windows of tokens to measure the speed on, empty to leave it out; `prompt` tokens of the first
+    come before `generate` tokens of greedy text.
+    windows, arithmetic, long: .npz files of model/reference.py, "" for none, the first two of one text;
+    results of comparing with each go to `results`.
+    prefill, steps: tokens of the first window at once, then one by one. top_k: experts of a token.
+    head_size: see `Graph`.
+    """
+
+    graph: str
+    threads: int
+    provider: str
+    activations: Activations = "shipped"
+    speed: list[list[int]] | None = None
+    prompt: int = 32
+    generate: int = 32
+    repeats: int = 3
+    windows: str = ""
+    arithmetic: str = ""
+    long: str = ""
+    results: str = ""
+    prefill: int = 96
+    steps: int = 64
+    top_k: int = 0
+    head_size: int = 0
+
+
+def run(request: Request, report: OnProgress) -> dict[str, Any]:
+    """Load, measure speed and memory, then compare. In this order: comparing needs memory of its own."""
+    report("load", 0, 1)
+    started = time.perf_counter()
+    graph = Graph(
+        Path(request.graph),
+        threads=request.threads,
+        provider=request.provider,
+        activations=request.activations,
+        inspect=bool(request.windows),
+        head_size=request.head_size,
+    )
+    load_seconds = time.perf_counter() - started
+    answer: dict[str, Any] = {
+        "version": graph.version,
+        "provider": graph.provider,
+        "vocab_size": graph.vocab_size,
+        "accuracy_level": graph.accuracy_levels,
+    }
+    if request.speed:
+        speed = _speed(graph, request, np.array(request.speed, np.int64), report)
+        answer["speed"] = {"load_seconds": load_seconds, **speed}
+        answer["memory"] = child.memory()
+        answer["load_average"] = child.load_average()
+    arrays: dict[str, Any] = {}
+    if request.windows:
+        answer |= _windows(graph, request, arrays, report)
+    if request.long:
+        arrays |= _long(graph, ReferenceLogits.load(Path(request.long)), report).arrays("long")
+    if request.results:
+        np.savez(request.results, allow_pickle=False, **arrays)
+    return answer
+
+
+def _require_vocabulary(graph: Graph, tokens: I64) -> None:
+    if int(tokens.max()) >= graph.vocab_size:
+        raise ExporterError(
+            f"the text has token {int(tokens.max())}, the graph a vocabulary of {graph.vocab_size}",
+            hint="make the graph and the reference from the same checkpoint",
+        )
+
+
+# Speed
+
+
+def _speed(graph: Graph, request: Request, windows: I64, report: OnProgress) -> dict[str, Any]:
+    """Prefill and decode rates, tokens per second, medians and each run; and the greedy tokens."""
+    _require_vocabulary(graph, windows)
+    length = windows.shape[1]
+    prompt = windows[0, : request.prompt]
+    Decoding(graph).append(prompt)  # the first run reads the weights in
+    prefill, decode, greedy = [], [], [0]
+    total = request.repeats * 2
+    for repeat in range(request.repeats):
+        report("speed", repeat, total)
+        decoding = Decoding(graph)
+        started = time.perf_counter()
+        decoding.append(windows[repeat % len(windows)])
+        prefill.append(length / (time.perf_counter() - started))
+    for repeat in range(request.repeats if request.generate else 0):
+        report("speed", request.repeats + repeat, total)
+        decoding = Decoding(graph)
+        greedy = [int(decoding.append(prompt)[-1].argmax())]
+        started = time.perf_counter()
+        for _ in range(request.generate):
+            greedy.append(int(decoding.append(greedy[-1:])[0].argmax()))
+        decode.append(request.generate / (time.perf_counter() - started))
+    report("speed", total, total)
+    return {
+        "prefill_tokens_per_second": statistics.median(prefill),
+        "decode_tokens_per_second": statistics.median(decode) if decode else None,
+        "prefill_runs": prefill,
+        "decode_runs": decode,
+        "prefill_length": length,
+        "decode_length": request.generate,
+        "context": max(length, len(prompt) + request.generate),
+        "greedy_ids": greedy if decode else [],
+    }
+
+
+# Against the reference
+
+
+def _windows(graph: Graph, request: Request, arrays: dict[str, Any], report: OnProgress) -> dict[str, Any]:
+    """Compare the windows, and the first of them in pieces as well; what differs between the two."""
+    reference = ReferenceLogits.load(Path(request.windows))
+    _require_vocabulary(graph, reference.tokens)
+    windows, length = reference.tokens.shape
+    others = {"windows": reference}
+    if request.arithmetic:
+        others["arithmetic"] = ReferenceLogits.load(Path(request.arithmetic))
+    found: dict[str, list[Positions]] = {name: [] for name in others}
+    routes = []
+    kept: list[F32] = []  # logits of the start of the first window
+    for w, window in enumerate(reference.tokens):
+        decoding = Decoding(graph)
+        for at in range(0, length, _WINDOW):
+            logits = decoding.append(window[at : at + _WINDOW])
+            for name, other in others.items():
+                found[name].append(compare(other, w * length + at, logits))
+            routes.append(decoding.routes(request.top_k))
+            if w == 0 and at < max(2 * CHUNKS, request.prefill + request.steps):
+                kept.append(logits[: max(2 * CHUNKS, request.prefill + request.steps) - at].copy())
+            report("compare", w * length + at + len(logits), windows * length)
+    for name, parts in found.items():
+        arrays |= Positions.join(parts).arrays(name)
+    arrays["routes"] = np.concatenate(routes, axis=1)
+    whole = np.concatenate(kept)
+    pieces = {
+        "chunked": [CHUNKS] * (min(2 * CHUNKS, length) // CHUNKS) or [length],
+        "cached": [request.prefill] + [1] * request.steps,
+    }
+    apart = {}
+    for name, counts in pieces.items():
+        first = request.prefill if name == "cached" else 0
+        positions, apart[f"{name}_difference"] = _in_pieces(graph, reference, counts, first, whole)
+        arrays |= positions.arrays(name)
+    return apart
+
+
+def _in_pieces(
+    graph: Graph, reference: ReferenceLogits, counts: list[int], first: int, whole: F32
+) -> tuple[Positions, float]:
+    """The first window in pieces of `counts` tokens: positions from `first` on, and the largest
+    difference of a logit from `whole` [n, V]."""
+    decoding, found, apart = Decoding(graph), [], 0.0
+    for count in counts:
+        at = decoding.position
+        logits = decoding.append(reference.tokens[0, at : at + count])
+        if at >= first:
+            found.append(compare(reference, at, logits))
+            apart = float(np.maximum(apart, np.abs(logits - whole[at : at + count]).max()))  # NaN stays
+    return Positions.join(found), apart
+
+
+def _long(graph: Graph, reference: ReferenceLogits, report: OnProgress) -> Positions:
+    """Every position of one long sequence."""
+    tokens = reference.tokens[0]
+    _require_vocabulary(graph, tokens)
+    together = max(0, len(tokens) - _SINGLE)
+    pieces = [min(_PIECE, together - at) for at in range(0, together, _PIECE)] + [1] * min(_SINGLE, len(tokens))
+    decoding, found = Decoding(graph), []
+    for count in pieces:
+        at = decoding.position
+        found.append(compare(reference, at, decoding.append(tokens[at : at + count])))
+        report("long text", decoding.position, len(tokens))
+    return Positions.join(found)
+
+
+def main() -> int:
+    return child.serve(lambda asked, report: run(Request(**asked), report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
