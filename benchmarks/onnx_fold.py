@@ -120,9 +120,9 @@ def make(folder: Path, entries: int | None, layers: int) -> int:
     folder.mkdir(parents=True)
     data, nodes, x = Data(folder / "data"), list[Any](), "x"
     if entries is not None:
-        tables = {"codes": codes_of(entries), "scales": block_scales()}
+        tables: dict[str, npt.NDArray[Any]] = {"codes": codes_of(entries), "scales": block_scales()}
         data.initializers += [numpy_helper.from_array(table, name) for name, table in tables.items()]
-    attributes = {
+    attributes: dict[str, Any] = {
         "k": TOP_K, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.702, "activation_beta": 1.0,
         "swiglu_limit": 7.0, "normalize_routing_weights": 1, "expert_weight_bits": 8, "block_size": BLOCK,
     }  # fmt: skip

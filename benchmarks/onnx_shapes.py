@@ -122,7 +122,8 @@ def need_disk(folder: Path, nbytes: int, keep: int) -> None:
 def copied(checkpoint: Path, nbytes: int, work: Path) -> Row:
     """cp and sync of as many shards, in turns, as come nearest to `nbytes`; then they are removed."""
     shards = sorted(checkpoint.glob("*.safetensors"))
-    target, pairs, size = work / "copy", [], 0
+    target, size = work / "copy", 0
+    pairs: list[str] = []
     while size + shards[len(pairs) % len(shards)].stat().st_size // 2 <= nbytes or not pairs:
         shard = shards[len(pairs) % len(shards)]
         pairs.append(f"cp '{shard}' '{target}/{len(pairs)}'")
