@@ -150,7 +150,7 @@ class Maker:
                 if (found.get("digest"), found.get("layout")) == (facts.digest, layout_key(layouts)):
                     return folder, names, facts
                 raise Refused(
-                    f"{folder} holds another artifact (of another checkpoint, tokenizer, recipe or version)",
+                    f"{folder} holds another artifact (of another checkpoint, tokenizer, recipe, context or version)",
                     hint="--overwrite replaces it, --out puts this one elsewhere",
                 )
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 
 from exporter.errors import MissingExtra, UsageError
+from exporter.validate.onnx_session import require_environment
 
 # Module -> what it is for. The package's name differs by a dash.
 _PROOF = {"torch": "the reference forward", "tokenizers": "reading text"}
@@ -24,6 +25,9 @@ def require_runtimes(device: str, formats: Iterable[str]) -> None:
     _require("validate", _PROOF)
     for name in formats:
         _require(*_RUNTIMES.get(name, ("", {})))
+        if name == "onnx":
+            _require("validate", {"jinja2": "rendering a conversation as the artifact should"})
+            require_environment("shipped")
     resolve_device(device)
 
 

@@ -371,7 +371,7 @@ def alive(pid):
 # What is not there
 
 
-@pytest.mark.parametrize("module", ["onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"])
+@pytest.mark.parametrize("module", ["onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "jinja2"])
 def test_a_missing_library_is_named_before_any_work(module, sound, tmp_path):
     job = Job(sound.model, sound.profile, tmp_path / "out")
     command = [sys.executable, "-c", WITHOUT, module, "quantize", *job.arguments()]
@@ -379,7 +379,15 @@ def test_a_missing_library_is_named_before_any_work(module, sound, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[0].startswith("error: ")
     assert f"needs {module.replace('_', '-')}, which is not installed" in done.stderr
-    assert "pip install 'exporter[onnx]'" in done.stderr
+    extra = "validate" if module == "jinja2" else "onnx"
+    assert f"pip install 'exporter[{extra}]'" in done.stderr
+    assert not job.out.exists()
+
+
+def test_a_variable_that_changes_the_kernels_is_refused_before_any_work(sound, tmp_path):
+    job = Job(sound.model, sound.profile, tmp_path / "out")
+    done = job("quantize", env={"ORT_QMOE_CPU_QNBIT_GEMM": "fp32"})
+    assert one_clear_line(done, 1, "ORT_QMOE_CPU_QNBIT_GEMM", "unset")
     assert not job.out.exists()
 
 

@@ -97,15 +97,27 @@ def pack(step: Step, q: QTensor, device: Device) -> list[U8]:
     """The stored bytes of some leading indices, one array for each of `arrays`."""
     if step.scheme.kind == "e2m1":
         assert q.scales is not None
-        codes, side = np.swapaxes(unpack_nibbles(q.data), -1, -2), _interleave(step)  # [E, K, N]
-        nibbles = pack_nibbles(codes) if side is None else codes << np.uint8(4 * side)
-        return [np.ascontiguousarray(nibbles), np.ascontiguousarray(q.scales).view(np.uint8)]
+        return [_columns(q.data, _interleave(step)), np.ascontiguousarray(q.scales).view(np.uint8)]
     raw = [np.ascontiguousarray(a).view(np.uint8) for a in (q.data, q.scales) if a is not None]
     if step.scheme.kind == "float" and kept_wide(step.spec):
         return [widened(raw[0].reshape(-1), step.scheme.float_type)]
     if step.scheme.kind == "int" and device.io == "f32":
         raw[1] = widened(raw[1].reshape(-1), "f16")
     return raw
+
+
+def _columns(data: U8, side: int | None) -> U8:
+    """FP4 codes [E, N, K / 2] by column: uint8 [E, K, N / 2], or for gate and up [E, K, N] with one nibble each."""
+    turned = np.ascontiguousarray(np.swapaxes(data, -1, -2))  # [E, K / 2, N]
+    e, half, n = turned.shape
+    codes = np.empty((e, half, 2, n), np.uint8)
+    np.bitwise_and(turned, 15, out=codes[:, :, 0])
+    np.right_shift(turned, 4, out=codes[:, :, 1])
+    by_column = codes.reshape(e, 2 * half, n)
+    if side is None:
+        return pack_nibbles(by_column)
+    by_column <<= np.uint8(4 * side)
+    return by_column
 
 
 def unpack(step: Step, packed: Sequence[U8], device: Device) -> QTensor:
