@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # The child of a large process starts with its parent's peak memory on the books (Linux keeps the
@@ -152,6 +153,18 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def versions_in(pythons: Mapping[str, tuple[str | None, Sequence[str]]]) -> dict[str, dict[str, str]]:
+    """Versions of distributions in other environments, by name: (its Python or None where it is not there, names)."""
+    script = "import json, sys; from importlib.metadata import version; "
+    script += "print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
+    found = {}
+    for name, (python, names) in pythons.items():
+        if python:
+            answer = subprocess.run([python, "-c", script, *names], check=True, stdout=subprocess.PIPE).stdout
+            found[name] = json.loads(answer)
+    return found
 
 
 def versions(args: argparse.Namespace) -> dict[str, str]:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert_peers import RESULTS, cpu_name, measure
+from convert_peers import RESULTS, cpu_name, measure, versions_in
 
 # Nothing heavy is imported here, for the reason given in convert_peers.
 
@@ -164,17 +164,6 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def versions(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    script = "import json, sys; from importlib.metadata import version; "
-    script += "print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
-    found = {}
-    for option, names in DISTRIBUTIONS.items():
-        if python := getattr(args, option):
-            answer = subprocess.run([python, "-c", script, *names], check=True, stdout=subprocess.PIPE).stdout
-            found[option] = json.loads(answer)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
@@ -202,7 +191,7 @@ def main() -> None:
         "tokens": facts,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
         "threads": 2,
-        "versions": versions(args),
+        "versions": versions_in({name: (getattr(args, name), DISTRIBUTIONS[name]) for name in DISTRIBUTIONS}),
         "date": time.strftime("%Y-%m-%d"),
         "speed_base": BASE,
         "rows": demo(args, work, tokens),

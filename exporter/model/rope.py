@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from exporter.model.config import RopeConfig
 from exporter.numerics.floats import F32
+
+F64 = npt.NDArray[np.float64]
 
 
 def correction_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
@@ -47,12 +51,11 @@ def attention_factor(rope: RopeConfig) -> float:
     return 0.1 * math.log(rope.factor) + 1 if rope.kind == "yarn" and rope.factor > 1 else 1.0
 
 
-def rotation_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[F32, F32]:
-    """cos and sin of positions 0 ... length - 1, attention factor included, float32 [length, head_dim / 2].
+def rotation_table(wave: Callable[[F64], F64], rope: RopeConfig, head_dim: int, length: int) -> F32:
+    """`wave` (np.cos, np.sin) of positions 0 ... length - 1, attention factor included, float32 [length, head_dim / 2].
 
     Angles are rounded to float32 as the released code rounds them (at position 131071 that is up to 0.004 rad),
-    their cosines once more, from float64.
+    their cosines or sines once more, from float64.
     """
     angles = np.arange(length, dtype=np.float32)[:, None] * inverse_frequencies(rope, head_dim)
-    factor, wide = attention_factor(rope), angles.astype(np.float64)
-    return (np.cos(wide) * factor).astype(np.float32), (np.sin(wide) * factor).astype(np.float32)
+    return (wave(angles.astype(np.float64)) * attention_factor(rope)).astype(np.float32)

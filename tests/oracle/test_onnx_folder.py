@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.checkpoint import open_checkpoint
-from exporter.model.rope import rotation_tables
+from exporter.model.rope import rotation_table
 from exporter.numerics import decode
 from exporter.quantize.rtn import round_to
 from exporter.types.recipe import Recipe
@@ -152,8 +152,8 @@ def test_rotation_keeps_the_released_range(mix):
     with open_checkpoint(DEMO) as checkpoint:
         rope = checkpoint.config.rope
     table = numpy_helper.to_array(initializers(mix, "cpu")["cos_cache"])[:5000]
-    assert np.array_equal(table, rotation_tables(rope, 64, 5000)[0])
-    assert np.abs(table - rotation_tables(replace(rope, truncate=True), 64, 5000)[0]).max() > 0.1
+    assert np.array_equal(table, rotation_table(np.cos, rope, 64, 5000))
+    assert np.abs(table - rotation_table(np.cos, replace(rope, truncate=True), 64, 5000)).max() > 0.1
 
 
 def test_the_web_graph_finds_its_parts(web):

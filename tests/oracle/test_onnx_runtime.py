@@ -21,7 +21,7 @@ from exporter.errors import ExporterError, Refused
 from exporter.formats.onnx.external import read_initializers
 from exporter.model.layer import Layer
 from exporter.model.reference import ReferenceLogits, Routes, reference_logits
-from exporter.model.rope import rotation_tables
+from exporter.model.rope import rotation_table
 from exporter.numerics import decode
 from exporter.validate import gates, genai, genai_worker, metrics, onnxruntime, text
 from exporter.validate.onnx_kernels import CPU
@@ -229,10 +229,9 @@ def one_doubled(scales: Any) -> Any:
 def rounded_yarn(folder: Path) -> None:
     with open_checkpoint(DEMO) as checkpoint:
         config = checkpoint.config
-    tables = rotation_tables(
-        dataclasses.replace(config.rope, truncate=True), config.head_dim, config.max_position_embeddings
-    )
-    for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True):
+    rope = dataclasses.replace(config.rope, truncate=True)
+    for name, wave in (("cos_cache", np.cos), ("sin_cache", np.sin)):
+        table = rotation_table(wave, rope, config.head_dim, config.max_position_embeddings)
         rewritten(name, lambda old, new=table: new.astype(old.dtype))(folder)
 
 

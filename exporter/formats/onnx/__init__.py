@@ -25,14 +25,14 @@ from exporter.formats.onnx.devices import DEVICES, Device
 from exporter.formats.onnx.external import read_initializers
 from exporter.formats.onnx.graph import Blueprint, Place, build
 from exporter.model import ModelConfig
-from exporter.model.rope import rotation_tables
+from exporter.model.rope import rotation_table
 from exporter.types import QTensor, Scheme, TensorSpec
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
 _AGAIN = "exporter quantize ... --overwrite makes it again"
 _PAGE = 4096  # ONNX Runtime maps a tensor only where it starts on a page
-_TABLES = ("cos_cache", "sin_cache")
+_TABLES = {"cos_cache": np.cos, "sin_cache": np.sin}
 
 # Sound artifacts of the demo checkpoint stay a hundredth (difference) to a half (divergence) below these, as
 # damaged ones do not: tests/oracle/test_onnx_runtime.py. With float16 activations more is lost on the way.
@@ -279,8 +279,8 @@ class Onnx:
 
 
 def _table(config: ModelConfig, initializer: Initializer) -> U8:
-    tables = rotation_tables(config.rope, config.head_dim, config.max_position_embeddings)
-    table = tables[_TABLES.index(initializer.name)]
+    wave = _TABLES[initializer.name]
+    table = rotation_table(wave, config.rope, config.head_dim, config.max_position_embeddings)
     return table.astype(np.float32 if ITEM_BYTES[initializer.dtype] == 4 else np.float16).reshape(-1).view(np.uint8)
 
 
