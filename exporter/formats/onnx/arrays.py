@@ -19,14 +19,14 @@ import numpy as np
 
 from exporter.formats.base import Part
 from exporter.formats.onnx.devices import Device
+from exporter.formats.onnx.external import BITS
 from exporter.numerics.bits import pack_nibbles, unpack_nibbles
 from exporter.numerics.floats import narrowed, widened
 from exporter.types import QTensor, TensorSpec
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
-ITEM_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "float8e8m0": 1, "int64": 8}
-_FLOATS = {"f32": "float", "f16": "float16", "bf16": "bfloat16"}
+FLOATS = {"f32": "float", "f16": "float16", "bf16": "bfloat16"}
 _EVEN, _ODD = 0x0F, 0xF0
 HeadRows = tuple[int, int, int]
 
@@ -41,7 +41,7 @@ class Initializer:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,17 @@ def arrays(step: Step, device: Device, heads: HeadRows = (0, 0, 0)) -> list[Arra
     scheme, shape = step.scheme, step.spec.shape
     name = graph_name(step)
     if scheme.kind == "float":
-        dtype = "float" if kept_wide(step.spec) else _FLOATS[scheme.float_type]
-        return [_rows(step, name, dtype, shape[2:] if is_expert(step) else shape[1:], heads)]
+        dtype = "float" if kept_wide(step.spec) else FLOATS[scheme.float_type]
+        return [rows(step, name, dtype, shape[2:] if is_expert(step) else shape[1:], heads)]
     n, k = shape[-2:]
     if scheme.kind == "e2m1":
-        return [_transposed(step, name, n, k), _rows(step, f"{name}_scales", "float8e8m0", (k // 32,), heads)]
+        return [_transposed(step, name, n, k), rows(step, f"{name}_scales", "float8e8m0", (k // 32,), heads)]
     codes: tuple[int, ...] = (k // scheme.group, scheme.group * scheme.bits // 8)
     if step.spec.role in ("expert", "embedding"):  # QMoE and GatherBlockQuantized take rows, MatMulNBits blocks
         codes = (k * scheme.bits // 8,)
     return [
-        _rows(step, f"{name}_codes", "uint8", codes, heads),
-        _rows(step, f"{name}_scales", _FLOATS[device.io], (k // scheme.group,), heads),
+        rows(step, f"{name}_codes", "uint8", codes, heads),
+        rows(step, f"{name}_scales", FLOATS[device.io], (k // scheme.group,), heads),
     ]
 
 
@@ -153,9 +153,9 @@ def _interleave(step: Step) -> int | None:
     return 1 if ".experts.up_proj." in step.name else None
 
 
-def _rows(step: Step, name: str, dtype: str, inner: tuple[int, ...], heads: HeadRows) -> Array:
+def rows(step: Step, name: str, dtype: str, inner: tuple[int, ...], heads: HeadRows) -> Array:
     """An array of rows of `inner` items, where the tensor's rows lie in its initializer."""
-    row = math.prod(inner) * ITEM_BYTES[dtype]
+    row = math.prod(inner) * BITS[dtype] // 8
     if is_expert(step):
         e, n = step.spec.shape[:2]
         side = _interleave(step)

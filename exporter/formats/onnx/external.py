@@ -23,7 +23,7 @@ GRAPH_CAP = 64 << 20  # bytes; a graph of 36 layers with its weights outside tak
 _AGAIN = "exporter quantize ... --overwrite makes it again"
 _MAX_DIMS, _MAX_DIM = 8, 1 << 40
 _DEPTH = 16  # graphs inside graphs
-_BITS = {
+BITS = {
     "float": 32, "double": 64, "float16": 16, "bfloat16": 16, "float8e8m0": 8, "float8e4m3fn": 8, "float8e5m2": 8,
     "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint64": 64, "uint32": 32, "uint16": 16, "uint8": 8,
     "int4": 4, "uint4": 4, "float4e2m1": 4, "bool": 8,
@@ -141,11 +141,11 @@ def _type_and_shape(graph: Path, tensor: Any) -> tuple[str, tuple[int, ...], int
         dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
     except ValueError:
         dtype = f"type {tensor.data_type}"
-    if dtype not in _BITS:
+    if dtype not in BITS:
         raise _damaged(graph, f"{name} is of {dtype}, which has no bytes of its own")
     if len(dims) > _MAX_DIMS or not all(0 <= d <= _MAX_DIM for d in dims):
         raise _damaged(graph, f"{name} has impossible dimensions {list(dims)}")
-    return dtype, dims, -(-math.prod(dims) * _BITS[dtype] // 8)
+    return dtype, dims, -(-math.prod(dims) * BITS[dtype] // 8)
 
 
 def _located(graph: Path, name: str, location: str) -> Path:

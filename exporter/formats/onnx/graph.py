@@ -8,14 +8,14 @@ Names of inputs and outputs are those of Hugging Face optimum. The router comput
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporter.errors import MissingExtra
 from exporter.formats.onnx.arrays import Initializer
+from exporter.formats.onnx.builder import GraphBuilder, Place
 from exporter.formats.onnx.devices import Device
 from exporter.model import ModelConfig
 from exporter.model.config import SLIDING
@@ -26,31 +26,6 @@ if TYPE_CHECKING:
 
 OPSET, IR_VERSION = 22, 10  # what onnxruntime from 1.20 on loads
 MICROSOFT = "com.microsoft"
-_TYPES = {
-    "float": "FLOAT",
-    "float16": "FLOAT16",
-    "bfloat16": "BFLOAT16",
-    "uint8": "UINT8",
-    "float8e8m0": "FLOAT8E8M0",
-    "int64": "INT64",
-}
-
-
-def import_ir() -> Any:
-    """The onnx_ir module. Raises MissingExtra."""
-    try:
-        import onnx_ir
-    except ModuleNotFoundError as missing:
-        raise MissingExtra(missing.name or "onnx_ir", "onnx", "writing ONNX graphs") from missing
-    return onnx_ir
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the bytes of an initializer are: a file beside the graph, and the offset in it."""
-
-    location: str
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -68,27 +43,22 @@ class Blueprint:
 
 def build(blueprint: Blueprint) -> bytes:
     """The serialized model; the same bytes for the same blueprint."""
-    ir = import_ir()
-    model = _Builder(blueprint).model()
-    raw: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    return raw
+    builder = _Builder(blueprint)
+    builder.model()
+    return builder.serialized({"": OPSET, MICROSOFT: 1}, IR_VERSION, blueprint.metadata, blueprint.version)
 
 
-class _Builder:
+class _Builder(GraphBuilder):
     """Nodes in the order in which they compute."""
 
     def __init__(self, blueprint: Blueprint) -> None:
-        self.ir, self.blueprint = import_ir(), blueprint
+        super().__init__(blueprint.places)
+        self.blueprint = blueprint
         self.config, self.device = blueprint.config, blueprint.device
         self.io = self.ir.DataType.FLOAT if self.device.io == "f32" else self.ir.DataType.FLOAT16
-        self.nodes: list[Any] = []
-        self.initializers: dict[str, Any] = {}
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
-        self.external = {i.name: i for i in blueprint.places}
 
-    def model(self) -> Any:
-        ir, b = self.ir, self.blueprint
+    def model(self) -> None:
+        ir = self.ir
         ids = self.input("input_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
         mask = self.input("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
         lengths = self.lengths(mask)
@@ -100,71 +70,6 @@ class _Builder:
         logits = self.matmul("/lm_head", h, "lm_head", self.config.vocab_size, self.config.hidden_size, "logits")
         shape = ("batch_size", "sequence_length", self.config.vocab_size)
         self.outputs.insert(0, self.typed(logits, self.io, shape))
-        graph = ir.Graph(
-            self.inputs,
-            self.outputs,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name="gpt_oss",
-        )
-        return ir.Model(
-            graph,
-            ir_version=IR_VERSION,
-            producer_name="exporter",
-            producer_version=b.version,
-            metadata_props=dict(b.metadata),
-        )
-
-    # Values
-
-    def typed(self, value: Any, dtype: Any, shape: Sequence[int | str]) -> Any:
-        value.type, value.shape = self.ir.TensorType(dtype), self.ir.Shape(shape)
-        return value
-
-    def input(self, name: str, dtype: Any, shape: Sequence[int | str]) -> Any:
-        value = self.ir.Value(name=name)
-        self.inputs.append(self.typed(value, dtype, shape))
-        return value
-
-    def weight(self, name: str) -> Any:
-        """The initializer `name` as it lies in a data file."""
-        if name not in self.initializers:
-            stored = self.external[name]
-            place, dtype = self.blueprint.places[stored], self.ir.DataType[_TYPES[stored.dtype]]
-            tensor = self.ir.ExternalTensor(
-                place.location, place.offset, stored.nbytes, dtype, shape=self.ir.Shape(stored.shape), name=name
-            )
-            self._add(name, tensor, dtype, stored.shape)
-        return self.initializers[name]
-
-    def constant(self, name: str, array: np.ndarray[Any, Any]) -> Any:
-        """A small tensor inside the graph."""
-        if name not in self.initializers:
-            tensor = self.ir.tensor(array, name=name)
-            self._add(name, tensor, tensor.dtype, array.shape)
-        return self.initializers[name]
-
-    def _add(self, name: str, tensor: Any, dtype: Any, shape: Sequence[int]) -> None:
-        value = self.ir.Value(name=name, const_value=tensor)
-        self.initializers[name] = self.typed(value, dtype, shape)
-
-    def op(
-        self, name: str, kind: str, inputs: Sequence[Any], domain: str = "", out: str = "", **attributes: Any
-    ) -> Any:
-        """The one output of a new node, called `out` or after the node."""
-        return self.ops(name, kind, inputs, (out or f"{name}/output",), domain, **attributes)[0]
-
-    def ops(
-        self, name: str, kind: str, inputs: Sequence[Any], outputs: Sequence[str], domain: str = "", **attributes: Any
-    ) -> list[Any]:
-        values = [self.ir.Value(name=each) for each in outputs]
-        self.nodes.append(self.ir.node(kind, inputs, attributes, domain=domain, outputs=values, name=name))
-        return values
-
-    def cast(self, name: str, value: Any, dtype: Any) -> Any:
-        """`value` as `dtype`. Of a weight, ONNX Runtime does this once, when it loads the model."""
-        return self.op(name, "Cast", [value], to=int(dtype))
 
     def float_weight(self, name: str) -> Any:
         """A weight that is no integer, in the type of activations."""
