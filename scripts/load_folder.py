@@ -36,7 +36,10 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens = text_tokens(arguments.folder, arguments.windows, arguments.length)
     method = AutoConfig.from_pretrained(arguments.folder).quantization_config["quant_method"]
-    load = {"gptq": in_gptqmodel, "compressed-tensors": in_transformers}[method]
+    readers = {"gptq": in_gptqmodel, "compressed-tensors": in_transformers}
+    if method not in readers:
+        raise SystemExit(f"{arguments.folder}: {method}; this compares {' and '.join(readers)} folders")
+    load = readers[method]
     with torch.inference_mode():
         wanted = decoded_model(arguments.folder)(tokens).logits.double()
         found = load(arguments.folder, getattr(torch, arguments.dtype))(tokens).logits.double()

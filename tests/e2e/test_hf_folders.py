@@ -20,14 +20,18 @@ from tests.conftest import DEMO, run_exporter
 from tests.e2e.test_kill import COUNTED
 from tests.oracle.test_hf_folders import RECIPES
 
-FORMATS = ("gptq", "compressed-tensors")
+# Each with its recipe: the released layout holds what was released, and none of it changes.
+RECIPE_OF = {"gptq": "int4", "compressed-tensors": "int4", "mxfp4": "mxfp4-bf16"}
+FORMATS = tuple(RECIPE_OF)
 
 
 def profile(folder, fmt, target="", split="45G"):
     """A profile of one artifact, with limits that INT4 by rounding meets."""
-    recipe = folder / "int4.toml"
-    recipe.write_text(RECIPES["int4"])
-    text = source_text("16gb").split("[gates]")[0].replace('"mxfp4-q8"', json.dumps(str(recipe)))
+    recipe = RECIPE_OF[fmt]
+    if recipe in RECIPES:
+        (folder / f"{recipe}.toml").write_text(RECIPES[recipe])
+        recipe = str(folder / f"{recipe}.toml")
+    text = source_text("16gb").split("[gates]")[0].replace('"mxfp4-q8"', json.dumps(recipe))
     text = text.replace('"gguf"', f'"{fmt}"\ntarget = "{target}"').replace('"45G"', f'"{split}"')
     path = folder / f"{fmt}.toml"
     path.write_text(
@@ -71,7 +75,7 @@ def proved(request, tmp_path_factory):
 
 
 def folder_of(root, fmt):
-    return root / "out" / "tiny-gpt-oss" / fmt / f"{fmt}-int4"
+    return root / "out" / "tiny-gpt-oss" / fmt / f"{fmt}-{RECIPE_OF[fmt]}"
 
 
 def test_the_folder_is_proved_by_our_own_forward(proved):
@@ -81,7 +85,9 @@ def test_the_folder_is_proved_by_our_own_forward(proved):
     assert artifact["runtime"]["name"] == "exporter reference"
     assert "speed" not in artifact
     assert "runtime" not in artifact["metrics"]
-    assert 0.01 < artifact["metrics"]["kl_mean"] == artifact["metrics"]["export"]["kl_mean"] < 0.05
+    lost = artifact["metrics"]["kl_mean"]
+    assert lost == artifact["metrics"]["export"]["kl_mean"]
+    assert abs(lost) < 1e-12 if fmt == "mxfp4" else 0.01 < lost < 0.05
     folder = folder_of(root, fmt)
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
@@ -146,7 +152,14 @@ DAMAGES = {
         "weight_scale": "digests_equal",
         "weight_shape": "head_equal",
     },
+    "mxfp4": {"blocks": "digests_equal", "scales": "digests_equal", "bias": "digests_equal"},
 }
+
+
+def stored_name(fmt, what):
+    if fmt == "mxfp4":
+        return f"model.layers.2.mlp.experts.gate_up_proj_{what}"
+    return f"model.layers.2.mlp.experts.7.up_proj.{what}"
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(proved, tmp_path):
@@ -158,7 +171,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(proved, tmp_path):
     n = int.from_bytes(whole[:8], "little")
     for what, gate in DAMAGES[fmt].items():
         raw = bytearray(whole)
-        entry = json.loads(raw[8 : 8 + n])[f"model.layers.2.mlp.experts.7.up_proj.{what}"]
+        entry = json.loads(raw[8 : 8 + n])[stored_name(fmt, what)]
         raw[8 + n + entry["data_offsets"][0] + 5] ^= 1
         file.write_bytes(raw)
         assert [name for name, good in judged(root / f"{fmt}.toml", tmp_path / "out").items() if not good] == [gate]
@@ -168,7 +181,8 @@ def test_an_edited_config_is_found(proved, tmp_path):
     root, fmt, _ = proved
     shutil.copytree(root / "out", tmp_path / "out")
     config = folder_of(tmp_path, fmt) / "config.json"
-    config.write_text(config.read_text().replace('"group_size": 32', '"group_size": 64'))
+    edited = config.read_text().replace('"group_size": 32', '"group_size": 64')
+    config.write_text(edited.replace('"quant_method": "mxfp4"', '"quant_method": "mxfp8"'))
     assert judged(root / f"{fmt}.toml", tmp_path / "out") == {"digests_equal": True, "head_equal": False}
     if fmt == "gptq":
         done = quantize(root / f"{fmt}.toml", tmp_path / "out")
@@ -177,10 +191,10 @@ def test_an_edited_config_is_found(proved, tmp_path):
         assert [g["name"] for g in gates if not g["passed"]] == ["head_equal"]
 
 
-@pytest.mark.parametrize("share", [0.3, 0.9])
-def test_killed_and_resumed_gives_the_same_bytes(share, tmp_path):
+@pytest.mark.parametrize(("fmt", "share"), [("gptq", 0.3), ("gptq", 0.9), ("mxfp4", 0.6)])
+def test_killed_and_resumed_gives_the_same_bytes(fmt, share, tmp_path):
     """Gate and up rows share bytes of a page here: what one leaf wrote must survive the death of the other."""
-    path = profile(tmp_path, "gptq")
+    path = profile(tmp_path, fmt)
 
     def killed_at(event, out):
         arguments = ["quantize", "-p", str(path), str(DEMO), "--out", str(out), "--until", "export"]
@@ -192,8 +206,9 @@ def test_killed_and_resumed_gives_the_same_bytes(share, tmp_path):
     assert killed_at(int(events * share), tmp_path / "out") == -signal.SIGKILL
     done = quantize(path, tmp_path / "out", "--until", "export")
     assert done.code == 0, done.err
-    for each in (tmp_path / "whole" / "tiny-gpt-oss" / "gptq" / "gptq-int4").iterdir():
-        assert (folder_of(tmp_path, "gptq") / each.name).read_bytes() == each.read_bytes(), each.name
+    whole = tmp_path / "whole" / "tiny-gpt-oss" / fmt / f"{fmt}-{RECIPE_OF[fmt]}"
+    for each in whole.iterdir():
+        assert (folder_of(tmp_path, fmt) / each.name).read_bytes() == each.read_bytes(), each.name
 
 
 def test_an_unknown_target_is_refused_before_any_work(tmp_path):

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: safetensors files, their index, config.json and the files of the tokenizer.
+"""A Hugging Face folder (`files`) whose experts are linear layers of their own.
 
 Experts are stored one by one, as linear layers: `model.layers.N.mlp.experts.E.gate_proj`. Arrays of one
 kind of all experts lie one after another in the file, so that a tensor [E, N, K] is one strided part of
@@ -7,29 +7,19 @@ it. What a quantization writes for a layer is said by the formats that build on 
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from exporter.errors import ExporterError
-from exporter.formats.base import ExportJob, FileLayout, Fixed, Footprint, Located, Part, Prover, Target
-from exporter.formats.folder import shards
-from exporter.formats.folder.config import COPIED, config_json
+from exporter.formats.base import Target
+from exporter.formats.folder.files import FLOATS, Piece, SafetensorsFolder, is_expert
 from exporter.formats.folder.shards import ITEM_BYTES, Stored
-from exporter.formats.groups import groups as grouped
 from exporter.model import ModelConfig
 from exporter.types import QTensor, Scheme, TensorSpec
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
-
-_FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-_AGAIN = "exporter quantize ... --overwrite makes it again"
 
 
 @dataclass(frozen=True)
@@ -47,26 +37,9 @@ class Array:
     axes: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Where an array, or half of one, is: in one stored tensor, or in one for each leading index.
+class HfFolder(SafetensorsFolder):
+    """What the formats that store experts one by one have in common."""
 
-    `start` counts bytes in the stored tensor; `lead`, `width` and `axes` are those of a Part.
-    """
-
-    names: tuple[str, ...]
-    start: int
-    lead: int
-    width: int
-    axes: tuple[tuple[int, int], ...]
-
-
-class HfFolder(ABC):
-    """What the formats of Hugging Face folders have in common; see `formats.base.Format` for the promises."""
-
-    name: str
-    prover: Prover = "reference"
-    gates: Mapping[str, float | bool] = MappingProxyType({})
     # Whether gate_proj and up_proj hold the halves of the interleaved matrix instead of what they are called.
     halves: bool = False
 
@@ -82,9 +55,10 @@ class HfFolder(ABC):
     def constants(self, step: Step) -> list[Stored]:
         """What a quantized matrix has beside them, named after the layer, all with `make`."""
 
-    @abstractmethod
-    def quantization_config(self, job: ExportJob) -> dict[str, Any]:
-        """`quantization_config` of config.json."""
+    @property
+    def gate_up(self) -> str:
+        """What gate_proj and up_proj hold."""
+        return "halves of the interleaved matrix" if self.halves else "gate rows and up rows apart"
 
     # What it can hold
 
@@ -95,10 +69,6 @@ class HfFolder(ABC):
 
     def refuse(self, scheme: Scheme, spec: TensorSpec) -> str | None:
         return None if scheme.kind == "float" else self.refuse_quantized(scheme, spec)
-
-    def refuse_tokenizer(self, tokenizer: Mapping[str, Any], config: ModelConfig) -> str | None:
-        """Nothing: the tokenizer's files are copied as they are."""
-        return None
 
     def refuse_steps(self, steps: Sequence[Step]) -> str | None:
         if not self.halves:
@@ -113,37 +83,22 @@ class HfFolder(ABC):
     # Numbers
 
     def target(self, step: Step) -> Target:
-        kind = _FLOATS.get(step.scheme.name) or f"packed {step.scheme.name}"
-        nbytes = sum(s.nbytes for s in self._stored(step))
+        kind = FLOATS.get(step.scheme.name) or f"packed {step.scheme.name}"
+        nbytes = sum(s.nbytes for s in self.stored(step))
         return Target(step.name.replace(".experts.", ".experts.*."), kind, step.spec.shape, nbytes)
 
-    def footprint(self, steps: Sequence[Step]) -> Footprint:
-        return Footprint(sum(self.target(step).nbytes for step in steps))
-
     def pack(self, step: Step, q: QTensor) -> list[U8]:
-        packed: list[U8] = []
-        for raw in (q.data, q.scales):
-            if raw is None:
-                continue
-            rows = np.ascontiguousarray(raw).view(np.uint8)
-            if self._halved(step):
-                half = rows.reshape(len(rows), 2, -1)
-                packed += [half[:, 0], half[:, 1]]
-            else:
-                packed.append(rows)
-        return packed
+        packed = super().pack(step, q)
+        if not self._halved(step):
+            return packed
+        halves = [rows.reshape(len(rows), 2, -1) for rows in packed]
+        return [half[:, i] for half in halves for i in (0, 1)]
 
     def unpack(self, step: Step, arrays: Sequence[U8]) -> QTensor:
-        scheme, shape = step.scheme, step.spec.shape
         if self._halved(step):
             pairs = zip(arrays[0::2], arrays[1::2], strict=True)
             arrays = [np.stack((a.reshape(len(a), -1), b.reshape(len(b), -1)), axis=1) for a, b in pairs]
-        lead = (len(arrays[0]), *shape[1:-1]) if len(shape) > 1 else ()
-        data = arrays[0].reshape(*lead, -1)
-        if scheme.kind == "float":
-            return QTensor(step.name, scheme, data)
-        scales = arrays[1].reshape(*lead, -1)
-        return QTensor(step.name, scheme, data, scales if scheme.scale == "e8m0" else scales.view(np.float16))
+        return super().unpack(step, arrays)
 
     # Geometry
 
@@ -153,22 +108,21 @@ class HfFolder(ABC):
     def _arrays(self, step: Step) -> list[Array]:
         if step.scheme.kind != "float":
             return self.arrays(step)
-        shape = step.spec.shape[1:] if _is_expert(step) else step.spec.shape
-        dtype = _FLOATS[step.scheme.name]
+        shape = step.spec.shape[1:] if is_expert(step) else step.spec.shape
+        dtype = FLOATS[step.scheme.name]
         row = ITEM_BYTES[dtype] * (shape[1] if len(shape) > 1 else 1)
         return [Array(Stored(step.name.rpartition(".")[2], dtype, shape), shape[0], row, row)]
 
-    def _stored(self, step: Step) -> list[Stored]:
-        """Every tensor that a step puts into the file, in order."""
+    def stored(self, step: Step) -> list[Stored]:
         constants = [] if step.scheme.kind == "float" else self.constants(step)
         kinds = [a.stored for a in self._arrays(step)] + constants
         return [replace(kind, name=name) for kind in kinds for name in stored_names(step, kind.name)]
 
-    def _pieces(self, step: Step) -> list[Piece]:
+    def pieces(self, step: Step) -> list[Piece]:
         pieces = []
         for array in self._arrays(step):
             names = stored_names(step, array.stored.name)
-            if not _is_expert(step):
+            if not is_expert(step):
                 pieces.append(Piece(names, 0, array.row, array.width, array.axes))
                 continue
             each = array.stored.nbytes
@@ -183,86 +137,13 @@ class HfFolder(ABC):
                 pieces.append(Piece(there, start, each, array.width, axes))
         return pieces
 
-    def _parts(self, step: Step, offsets: Mapping[str, int]) -> tuple[Part, ...]:
-        """`offsets`: where each stored tensor starts. Raises ValueError when experts are not equally far apart."""
-        parts = []
-        for p in self._pieces(step):
-            first = offsets[p.names[0]]
-            if any(offsets[name] != first + i * p.lead for i, name in enumerate(p.names)):
-                raise ValueError(f"the experts of {step.name} do not lie one after another")
-            parts.append(Part(first + p.start, p.lead, p.width, p.axes))
-        return tuple(parts)
-
-    # Files
-
-    def layout(self, job: ExportJob) -> list[FileLayout]:
-        groups = grouped(job.steps, job.split_size, lambda step: self.target(step).nbytes)
-        count = len(groups)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count == 1:
-            names = ["model.safetensors"]
-        files = [self._file(job, name, steps, name is names[0]) for name, steps in zip(names, groups, strict=True)]
-        small = {"config.json": config_json(job, self.quantization_config(job))}
-        if count > 1:
-            small["model.safetensors.index.json"] = self._index(names, groups)
-        small |= {name: raw for name in COPIED if (raw := job.file(name)) is not None}
-        return files + [FileLayout(name, raw, len(raw)) for name, raw in small.items()]
-
-    def _file(self, job: ExportJob, name: str, steps: Sequence[Step], first: bool) -> FileLayout:
-        stored = [s for step in steps for s in self._stored(step)]
-        head, offsets, size = shards.encode_header(stored, {"format": "pt", **(self._provenance(job) if first else {})})
-        fixed = tuple(Fixed(offsets[s.name], s.nbytes, s.make) for s in stored if s.make)
-        return FileLayout(name, head, size, {step.name: self._parts(step, offsets) for step in steps}, fixed)
-
-    def _provenance(self, job: ExportJob) -> dict[str, str]:
-        return {**job.provenance.entries(), "exporter.gate_up": self.gate_up}
-
-    @property
-    def gate_up(self) -> str:
-        """What gate_proj and up_proj hold, in the words of the metadata."""
-        return "halves of the interleaved matrix" if self.halves else "gate rows and up rows apart"
-
-    def _index(self, names: Sequence[str], groups: Sequence[Sequence[Step]]) -> bytes:
-        files = zip(names, groups, strict=True)
-        where = {stored.name: name for name, steps in files for step in steps for stored in self._stored(step)}
-        total = sum(self.target(step).nbytes for steps in groups for step in steps)
-        body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        return (json.dumps(body, indent=2) + "\n").encode()
-
-    def locate(self, folder: Path, steps: Sequence[Step]) -> dict[str, Located]:
-        found = shards.read_headers(sorted(folder.glob("*.safetensors")))
-        located, unknown = {}, set(found)
-        for step in steps:
-            for s in self._stored(step):
-                entry = found.get(s.name)
-                if entry is None or (entry.dtype, entry.shape) != (s.dtype, s.shape):
-                    what = "is missing" if entry is None else f"is {entry.dtype} {list(entry.shape)}"
-                    raise ExporterError(
-                        f"{folder.name}: tensor {s.name} {what}; expected {s.dtype} {list(s.shape)}", hint=_AGAIN
-                    )
-                unknown.discard(s.name)
-        for step in steps:
-            path = found[self._stored(step)[0].name].path
-            here = {name: entry.offset for name, entry in found.items() if entry.path == path}
-            try:
-                located[step.name] = Located(path, self._parts(step, here))
-            except (KeyError, ValueError):
-                raise ExporterError(f"{folder.name}: {step.name} does not lie as it was written", hint=_AGAIN) from None
-        if unknown:
-            raise ExporterError(f"{folder.name}: unknown tensor {min(unknown)}", hint=_AGAIN)
-        return located
-
-
-def _is_expert(step: Step) -> bool:
-    return ".mlp.experts." in step.name
-
 
 def stored_names(step: Step, what: str) -> tuple[str, ...]:
     """`what` ("qweight", "bias") of the layer that a canonical tensor is of: one name, or one for each expert."""
     layer, _, kind = step.name.rpartition(".")
     if kind == "sinks":
         return (step.name,)
-    if not _is_expert(step):
+    if not is_expert(step):
         return (f"{layer}.{what}",)
     before, after = layer.split(".experts.")
     return tuple(f"{before}.experts.{i}.{after}.{what}" for i in range(step.spec.shape[0]))

@@ -17,11 +17,11 @@ COPIED = (
 )
 
 
-def config_json(job: ExportJob, quantization: dict[str, Any]) -> bytes:
+def config_json(job: ExportJob, quantization: dict[str, Any], *, released: bool = False) -> bytes:
     """The checkpoint's config.json with this quantization in the place of its own.
 
     The head is always written, so it is never tied. A checkpoint in OpenAI's own layout has no such file:
-    then it is made from what the model is.
+    then it is made from what the model is. `released`: in the spelling of the release, with floats in bf16.
     """
     raw = job.file("config.json")
     config: dict[str, Any] = json.loads(raw) if raw is not None else {}
@@ -29,9 +29,24 @@ def config_json(job: ExportJob, quantization: dict[str, Any]) -> bytes:
         config = _from_model(job.config)
     config |= {"tie_word_embeddings": False}
     config.pop("quantization_config", None)
+    if released:
+        config = _as_released(config)
     if quantization:
         config["quantization_config"] = quantization
     return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _as_released(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 calls `rope_parameters` under its older names.
+
+    transformers 4, which serving stacks pin, passes over the new name and rotates by the released defaults.
+    """
+    rope = config.pop("rope_parameters", None)
+    if isinstance(rope, dict):
+        merged = {**(config.get("rope_scaling") or {}), **rope}
+        theta = merged.pop("rope_theta", config.get("rope_theta"))
+        config |= {"rope_scaling": merged, "rope_theta": theta}
+    return config | {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
 
 
 def _from_model(c: ModelConfig) -> dict[str, Any]:
