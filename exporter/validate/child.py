@@ -1,8 +1,8 @@
 """A runtime in a process of its own, from both sides.
 
-Native code can crash or hang, and memory can only be measured in a process that did nothing else. A
-request comes to the child as JSON on stdin; it says JSON lines on stdout: progress, then one answer or
-error. Whatever else happens to it (a crash, a hang, silence) becomes one line as well.
+Native code can crash, hang or fill the memory, and memory can only be measured in a process that did nothing
+else. A request comes to the child as JSON on stdin; it says JSON lines on stdout: progress, then one answer
+or error. Whatever else happens to it (a crash, a hang, silence) becomes one line as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 OnProgress = Callable[[str, int, int], None]
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_SECONDS = 0.05  # between two looks at a child's memory
+
+
+class WorkerDied(ExporterError):
+    """The worker ended without saying why: it crashed, or was stopped at a limit."""
 
 
 # The parent's side
@@ -44,9 +50,11 @@ def run_worker(
     command: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
     on_progress: OnProgress | None = None,
+    memory_limit: int = 0,
 ) -> dict[str, Any]:
-    """What `python -m module` answers. Its crash, its error or a run beyond `time_limit` seconds is an ExporterError.
+    """What `python -m module` answers. An error that it says is an ExporterError, any other end a WorkerDied.
 
+    It is stopped after `time_limit` seconds, and above `memory_limit` resident bytes (0: no limit).
     `runtime` and `subject` name what runs what in those errors; `environment` is added to our own.
     `on_progress` is called from another thread.
     """
@@ -67,12 +75,7 @@ def run_worker(
             reader = threading.Thread(target=_listen, args=(process.stdout, result, on_progress), daemon=True)
             reader.start()
             try:
-                process.wait(time_limit)
-            except subprocess.TimeoutExpired:
-                raise ExporterError(
-                    f"{subject} did not finish in {runtime} within {time_limit:g} s",
-                    hint="fewer windows or a longer limit; more threads than free cores are slow",
-                ) from None
+                _wait(process, time_limit, memory_limit, subject, runtime)
             finally:  # also on Ctrl-C: nothing is left running
                 process.kill()
                 process.wait()
@@ -80,6 +83,49 @@ def run_worker(
         errors.seek(0)
         said = errors.read().decode("utf-8", "replace")
     return _answer(runtime, subject, process.returncode, result, said)
+
+
+def _wait(process: subprocess.Popen[bytes], time_limit: float, memory_limit: int, subject: str, runtime: str) -> None:
+    """Until the child ends by itself; WorkerDied as soon as it is beyond a limit."""
+    deadline = time.monotonic() + time_limit
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            process.wait(min(left, _LOOK_SECONDS) if memory_limit else left)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+        if memory_limit and _resident(process.pid) > memory_limit:
+            raise WorkerDied(
+                f"{subject} used more than {memory_limit / 1e9:.3g} GB of memory in {runtime}",
+                hint="a machine with more memory, or a higher limit",
+            )
+        if time.monotonic() >= deadline:
+            raise WorkerDied(
+                f"{subject} did not finish in {runtime} within {time_limit:g} s",
+                hint="fewer windows or a longer limit; more threads than free cores are slow",
+            )
+
+
+def _resident(pid: int) -> int:
+    """Resident bytes of a process, file pages among them; 0 when it has just ended."""
+    if sys.platform == "linux":
+        try:
+            return _status(pid).get("VmRSS", 0)
+        except OSError:
+            return 0
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _status(pid: int | str) -> dict[str, int]:
+    """Fields of /proc/PID/status that are sizes, in bytes; none for a process that has ended. Raises OSError."""
+    lines = (line.partition(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, _, value in lines if value.endswith(" kB")}
 
 
 def _listen(lines: IO[bytes], result: dict[str, Any], on_progress: OnProgress | None) -> None:
@@ -106,7 +152,7 @@ def _answer(runtime: str, subject: str, code: int, result: dict[str, Any], said:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     hint = "not enough memory?" if code == -signal.SIGKILL else "exporter doctor, then make the file again"
     reason = _last_words(said)
-    raise ExporterError(f"{runtime} {how} while running {subject}" + (f": {reason}" if reason else ""), hint=hint)
+    raise WorkerDied(f"{runtime} {how} while running {subject}" + (f": {reason}" if reason else ""), hint=hint)
 
 
 def _last_words(said: str) -> str:
@@ -144,10 +190,7 @@ def memory() -> dict[str, int | None]:
     """
     fields: dict[str, int] = {}
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("VmHWM", "RssAnon"):
-                fields[name] = int(value.split()[0]) * 1024
+        fields = _status("self")
     except OSError:
         import psutil
 
