@@ -6,60 +6,16 @@ CUDA and WebGPU it is from their sources: contrib_ops/{cuda,webgpu}/moe and docs
 
 from __future__ import annotations
 
-import functools
-from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+
+from exporter.validate.onnx_file import Place
 
 MICROSOFT = "com.microsoft"
 CPU, CUDA, WEBGPU = "CPUExecutionProvider", "CUDAExecutionProvider", "WebGpuExecutionProvider"
 SHORT = {CPU: "CPU", CUDA: "CUDA", WEBGPU: "WebGPU"}
-DEFAULT_DOMAIN = {"ai.onnx": ""}  # the operators of ONNX itself go by two names
 _QUANT_TYPES = {CUDA: ("int", "fp4", "nvfp4", "fp8", "wfp4afp8")}  # others: int only
 _BITS = {CUDA: (2, 4, 8), WEBGPU: (4, 8)}
 _EXPERT_BLOCKS = {CUDA: (32, 64, 128)}
-
-Shape = tuple[int, ...]
-Weights = ChainMap[str, tuple[int, Shape]]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A node and what is known around it.
-
-    weights: dtype (ONNX's number) and shape of every initializer in sight. own: names of those of its own graph.
-    shapes: of the main graph's inputs, 0 where unknown. made: the node that makes a value. nested: in a branch or loop.
-    """
-
-    node: Any
-    opsets: Mapping[str, int]
-    weights: Mapping[str, tuple[int, Shape]]
-    own: frozenset[str]
-    made: Mapping[str, Any]
-    shapes: Mapping[str, Shape]
-    nested: bool
-
-    def __str__(self) -> str:
-        name = self.node.name or f"that makes {self.node.output[0] if self.node.output else 'nothing'}"
-        return f"node {name[:96]} ({self.node.op_type[:48]})"
-
-    @property
-    def domain(self) -> str:
-        return DEFAULT_DOMAIN.get(self.node.domain, str(self.node.domain))
-
-    @functools.cached_property
-    def attributes(self) -> dict[str, Any]:
-        from onnx import helper
-
-        found = {a.name: helper.get_attribute_value(a) for a in self.node.attribute if not a.ref_attr_name}
-        return {name: v.decode("utf-8", "replace") if isinstance(v, bytes) else v for name, v in found.items()}
-
-    def has(self, index: int) -> bool:
-        return index < len(self.node.input) and bool(self.node.input[index])
-
-    def weight(self, index: int) -> tuple[int, Shape] | None:
-        return self.weights.get(self.node.input[index]) if self.has(index) else None
 
 
 def refuse_node(place: Place, provider: str) -> str | None:
@@ -193,7 +149,8 @@ def _attention(place: Place, provider: str) -> str | None:
         return "local_window_size=0, a window without a single key; -1 is none"
     if provider == WEBGPU and a.get("sliding_window_cache", 0):
         return "sliding_window_cache, which WebGPU does not keep"
-    size = (place.shapes.get(place.node.input[3], ()) if place.has(3) else ())[-1:]
+    root = next(scope for scope in place.scope.around() if scope.outer is None)
+    size = (root.shapes.get(place.node.input[3], ()) if place.has(3) else ())[-1:]
     step = 16 if a.get("do_rotary", 0) else 8
     if size and size[0] % step:
         return f"heads of {size[0]}; {'with rotation ' if step == 16 else ''}it takes multiples of {step}"
@@ -202,11 +159,12 @@ def _attention(place: Place, provider: str) -> str | None:
 
 def _product(place: Place, provider: str) -> str | None:
     """A dequantized weight of an outer graph, multiplied in a branch: the optimizer looks for it in the branch."""
-    second = place.made.get(place.node.input[1]) if place.has(1) else None
-    if not place.nested or second is None or second.op_type != "DequantizeLinear":
+    scope = place.scope
+    second = scope.made.get(place.node.input[1]) if place.has(1) else None
+    if scope.outer is None or second is None or second.op_type != "DequantizeLinear":
         return None
     name = second.input[0]
-    if name in place.weights and name not in place.own:
+    if scope.weight(name) is not None and name not in scope.weights:
         return f"DequantizeLinear of {name[:48]!r}, a weight of the outer graph, multiplied in an inner one"
     return None
 

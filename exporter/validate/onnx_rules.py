@@ -6,19 +6,14 @@ takes; onnx_kernels.py knows what its kernels do with what they do not know.
 
 from __future__ import annotations
 
-import stat
-from collections import ChainMap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import ExporterError, MissingExtra, Refused
-from exporter.validate.onnx_kernels import CPU, CUDA, DEFAULT_DOMAIN, SHORT, WEBGPU, Place, Weights, refuse_node
+from exporter.errors import MissingExtra, Refused
+from exporter.validate.onnx_file import AGAIN, Place, parse, places
+from exporter.validate.onnx_kernels import CPU, CUDA, SHORT, WEBGPU, refuse_node
 
-GRAPH_CAP = 64 << 20  # bytes of a graph without its weights
-_DEPTH = 16  # graphs inside graphs
 _OPSETS = 32  # each is tried
-_AGAIN = "exporter quantize ... --overwrite makes it again"
 _UPDATE = "pip install --upgrade onnxruntime, or another --target"
 _PACKAGES = {
     CUDA: "pip install onnxruntime-gpu in place of onnxruntime",
@@ -36,10 +31,10 @@ def require_runnable(graph: Path, provider: str) -> None:
     if provider not in runtime.providers:
         hint = _PACKAGES.get(provider, f"providers here: {', '.join(runtime.providers)}")
         raise Refused(f"{runtime.name} has no {provider}", hint=hint)
-    model = _parse(graph)
+    model = parse(graph)
     runtime.require_versions(graph, model)
     functions = {(f.domain, f.name) for f in model.functions}
-    for place in _places(graph, model):
+    for place in places(graph, model):
         if (place.node.domain, place.node.op_type) in functions:
             continue
         problem = runtime.refuse(place)
@@ -79,7 +74,7 @@ class _Runtime:
         everywhere = (*model.opset_import, *(i for f in model.functions for i in f.opset_import))
         wanted = {(str(i.domain), int(i.version)): i for i in everywhere}
         if len(wanted) > _OPSETS:
-            raise Refused(f"{graph.name}: imports {len(wanted):,} operator sets", hint=_AGAIN)
+            raise Refused(f"{graph.name}: imports {len(wanted):,} operator sets", hint=AGAIN)
         for (domain, version), imported in wanted.items():
             if not self._loads(10, [imported]):
                 what = f"operator set {version} of {domain[:48] or 'ai.onnx'}"
@@ -108,7 +103,7 @@ class _Runtime:
     def refuse(self, place: Place) -> str | None:
         """The operator, its attributes and inputs, and a kernel: what of it this runtime lacks, or None."""
         node, domain = place.node, place.domain
-        opset = place.opsets.get(domain)
+        opset = place.scope.opsets.get(domain)
         if opset is None:
             return f"its operator set {domain or 'ai.onnx'!r} is not imported by the graph"
         known = [s for s in self._schemas.get((domain, node.op_type), ()) if s.since_version <= opset]
@@ -137,55 +132,7 @@ class _Runtime:
         if place.node.op_type == "Constant" and place.domain == "":
             return True
         try:
-            schema = onnx.defs.get_schema(place.node.op_type, place.opsets[place.domain], place.domain)
+            schema = onnx.defs.get_schema(place.node.op_type, place.scope.opsets[place.domain], place.domain)
         except onnx.defs.SchemaError:
             return False
         return any(getattr(schema, name) for name in ("has_function", "has_context_dependent_function"))
-
-
-def _parse(graph: Path) -> Any:
-    """The model of a bounded regular file, its weights not read."""
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ModuleNotFoundError as missing:
-        raise MissingExtra("onnx", "onnx", "reading an ONNX graph") from missing
-    try:
-        found = graph.stat()
-    except FileNotFoundError:
-        raise ExporterError(f"{graph} is missing", hint=_AGAIN) from None
-    if not stat.S_ISREG(found.st_mode) or found.st_size > GRAPH_CAP:
-        what = f"{found.st_size:,} bytes, more than {GRAPH_CAP:,}" if stat.S_ISREG(found.st_mode) else "no file"
-        raise ExporterError(f"{graph}: not a graph with its weights outside it: {what}", hint=_AGAIN)
-    try:
-        model = onnx.ModelProto.FromString(graph.read_bytes())
-    except DecodeError:
-        raise ExporterError(f"{graph}: not an ONNX model, or cut off", hint=_AGAIN) from None
-    if not model.ir_version or not model.graph.node:
-        raise ExporterError(f"{graph}: no model in it", hint=_AGAIN)
-    return model
-
-
-def _places(graph: Path, model: Any) -> Iterator[Place]:
-    """Every node: of the graph, of graphs inside nodes, and of the model's own functions."""
-    opsets = _opsets(model.opset_import)
-    shapes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in model.graph.input}
-    none: Weights = ChainMap()
-    waiting: list[tuple[Any, dict[str, int], Weights, int]] = [(model.graph, opsets, none, 0)]
-    waiting += [(f, opsets | _opsets(f.opset_import), none, 0) for f in model.functions]
-    while waiting:
-        inside, opsets, seen, depth = waiting.pop()
-        if depth > _DEPTH:
-            raise Refused(f"{graph.name}: graphs nested more than {_DEPTH} deep", hint=_AGAIN)
-        tensors = {t.name: (int(t.data_type), tuple(t.dims)) for t in getattr(inside, "initializer", ())}
-        weights, own = ChainMap(tensors, *seen.maps), frozenset(tensors)  # a copy for each branch could be endless
-        made = {name: node for node in inside.node for name in node.output}
-        for node in inside.node:
-            yield Place(node, opsets, weights, own, made, shapes, nested=depth > 0)
-            for attribute in node.attribute:
-                graphs = [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
-                waiting += [(inner, opsets, weights, depth + 1) for inner in graphs]
-
-
-def _opsets(imports: Any) -> dict[str, int]:
-    return {DEFAULT_DOMAIN.get(i.domain, str(i.domain)): int(i.version) for i in imports}

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import ExporterError, MissingExtra, Refused
 from exporter.numerics.e2m1 import LEVELS
-from exporter.validate import onnx_rules
+from exporter.validate import onnx_file
 from exporter.validate.onnx_kernels import CPU, CUDA, WEBGPU
 from exporter.validate.onnx_rules import require_runnable
 from tests.onnx_nodes import E, H, I, attention, experts, float_experts, matrix, model_of, nothing, session, value
@@ -369,6 +369,6 @@ def test_files_that_are_not_graphs(tmp_path):
         require_runnable(tmp_path, CPU)
     path = tmp_path / "large.onnx"
     path.touch()
-    os.truncate(path, onnx_rules.GRAPH_CAP + 1)
+    os.truncate(path, onnx_file.GRAPH_CAP + 1)
     with pytest.raises(ExporterError, match="more than 67,108,864"):
         require_runnable(path, CPU)
