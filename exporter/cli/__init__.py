@@ -17,6 +17,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": ("exporter.cli.plan", "Show what a profile would make, and what it weighs."),
     },
     "Check": {
+        "validate": ("exporter.cli.validate", "Prove an artifact that is there already."),
         "fit": ("exporter.cli.fit", "Show whether a model fits a device, byte by byte."),
         "bench": ("exporter.cli.bench", "Measure the speed and the memory of an artifact on this machine."),
         "inspect": ("exporter.cli.inspect", "Describe a checkpoint."),
@@ -72,6 +73,7 @@ def cli() -> None:
       exporter quantize --profile 16gb openai/gpt-oss-20b
       exporter quantize --profile 16gb ./my-fine-tune --json
       exporter plan --profile 80gb openai/gpt-oss-120b
+      exporter validate artifacts/gpt-oss-20b/16gb/gguf-mxfp4-q8
       exporter fit --profile 16gb --context 32768 20b
       exporter doctor ./my-fine-tune
     """

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from exporter.cli.failures import stoppable
 from exporter.cli.output import peak_rss, print_json, print_table, progress, say
+from exporter.pipeline.progress import Progress
 from exporter.types.sizes import format_size
 
 
 def run_and_answer(request: Any, quiet: bool, as_json: bool) -> int:
-    """Do the job and answer; 3 when a gate failed."""
+    """Do the main job and answer; 3 when a gate failed."""
     from exporter.pipeline.run import Run
 
+    return answer(lambda watch: Run(request, watch).run(), quiet, as_json)
+
+
+def answer(job: Callable[[Progress], Any], quiet: bool, as_json: bool) -> int:
+    """Do a job that ends with a RunResult and answer; 3 when a gate failed."""
     stoppable()
     started = time.monotonic()
-    result = Run(request, progress(quiet or as_json)).run()
+    result = job(progress(quiet or as_json))
     rows = [_row(a) for a in result.artifacts]
     seconds = time.monotonic() - started
     if as_json:
-        answer = {"model": result.plan.model_name, "profile": result.plan.profile.name, "artifacts": rows}
-        print_json({**answer, "peak_rss_bytes": peak_rss(), "seconds": round(seconds, 3)})
+        head = {"model": result.plan.model_name, "profile": result.plan.profile.name, "artifacts": rows}
+        print_json({**head, "peak_rss_bytes": peak_rss(), "seconds": round(seconds, 3)})
     else:
         _show(result.plan, rows, seconds)
     return 3 if any(row["status"] == "gate failed" for row in rows) else 0
@@ -67,7 +74,18 @@ _LEGEND = {
     "in its own arithmetic on the weights in the files.",
 }
 # Name in the answer -> key of the report.
-_FIGURES = {"runtime": "runtime_difference", "cached": "cached", "long": "long", "router": "router", "genai": "genai"}
+_FIGURES = {
+    "runtime": "runtime_difference",
+    "cached": "cached",
+    "long": "long",
+    "router": "router",
+    "genai": "genai",
+    "optimizer": "optimizer",
+    "engines": "engines",
+    "gpu": "gpu",
+    "rules": "rules",
+    "depth": "depth",
+}
 
 
 def _show(plan: Any, rows: list[dict[str, Any]], seconds: float) -> None:
@@ -112,7 +130,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _two_arithmetics(row: dict[str, Any]) -> bool:
     """Whether "export" and "release" are two comparisons: a runtime computed them, not our own forward."""
-    return "speed" in row
+    depth = row["metrics"].get("depth")
+    return "speed" in row or (depth is not None and depth["layers"] == depth["of"])
 
 
 def _value(value: Any) -> str:
@@ -132,9 +151,28 @@ def _remarks(row: dict[str, Any], of: str, first: bool) -> None:
     if d := row["metrics"].get("runtime"):
         figures = f"KL {d['kl_mean']:.2e}, top-1 {d['top1']:.2%}"
         say(f"{of}llama.cpp's own part (it rounds the YaRN range): {figures}.")
+    if e := row["metrics"].get("engines"):
+        say_engines(of, e)
+    if g := row["metrics"].get("gpu"):
+        figures = f"KL {g['kl_mean']:.2e}, top-1 {g['top1']:.2%}" if "error" not in g else g["error"]
+        say(f"{of}engines on {g['name']}: {figures}")
     for reason in row.get("not_run", {}).values():
         say(f"{of}not run: {reason}")
     say(f"{row['path']}/report.json")
+
+
+def say_engines(of: str, engines: dict[str, Any]) -> None:
+    """What TensorRT-RTX made of the graphs, and every engine that it did not make."""
+    built = [b for b in engines["builds"] if b["built"]]
+    sms = ", ".join(dict.fromkeys(f"SM{b['sm']}" for b in built))
+    largest = max((b["engine_bytes"] for b in built), default=0)
+    say(
+        f"{of}TensorRT-RTX {engines['version']} built {len(built)} of {len(engines['builds'])} engines"
+        + (f" ({sms}), {format_size(largest)} at most" if built else "")
+    )
+    for b in engines["builds"]:
+        if not b["built"]:
+            say(f"{of}{b['graph']} for SM{b['sm']}: {b['error']}")
 
 
 def _legend(rows: list[dict[str, Any]]) -> None:

@@ -1,9 +1,12 @@
-"""One artifact: its numbers, its files, their hashes. What the artifacts of a run share is opened once."""
+"""One artifact: its numbers, its files, their hashes, its proof. What the artifacts of a run share is opened once."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from exporter.formats.base import ExportJob, Provenance
 from exporter.pipeline.calibrate import Calibrated, calibrate, calibrated_steps
 from exporter.pipeline.calibration import calibration_windows
 from exporter.pipeline.export import clean, export, layout_key, publish
+from exporter.pipeline.lock import locked
+from exporter.pipeline.machine import runtime_threads
 from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance, require_sealed, seal
 from exporter.pipeline.plan import ArtifactPlan, Plan
 from exporter.pipeline.progress import Progress
@@ -20,6 +25,7 @@ from exporter.pipeline.request import RunRequest, calibration_setting
 from exporter.pipeline.runtimes import resolve_device
 from exporter.pipeline.source import OpenedModel
 from exporter.pipeline.store import Store, find_stores, open_store, read_about, store_folder, store_key
+from exporter.validate.runtime import SCRATCH_PREFIX
 
 _SMALL_FILES = (
     "config.json",
@@ -191,17 +197,57 @@ class Maker:
         if (folder / "SHA256SUMS").exists():
             require_sealed(folder)
             return
-        memory = HashMemory(self.folder / "source-hashes.json")
-        found = [self.model.checkpoint.find(n) for n in _SMALL_FILES]
-        sources = [*self.model.checkpoint.shards, *(p for p in found if p is not None)]
-        known = {p: h for p in sources if (h := self.model.hashes.get(p.name) or memory.get(p))}
         made = {name: folder / name for name in names}
-        new = hash_files([*(p for p in sources if p not in known), *made.values()], self.workers, self.progress)
+        sources, new = self._hash(self.sources(), made.values())
+        seal(folder, sources, {name: new[path] for name, path in made.items()})
+
+    def sources(self) -> list[Path]:
+        """Every file of the checkpoint that an artifact is made of."""
+        found = [self.model.checkpoint.find(name) for name in _SMALL_FILES]
+        return [*self.model.checkpoint.shards, *(path for path in found if path is not None)]
+
+    def source_hashes(self, sources: Sequence[Path]) -> dict[str, str]:
+        """SHA-256 by name of some of `sources`: those that did not change are not read again."""
+        return self._hash(sources, ())[0]
+
+    def _hash(self, sources: Sequence[Path], others: Iterable[Path]) -> tuple[dict[str, str], dict[Path, str]]:
+        """SHA-256 of source files by name, and of every file that was read now by path."""
+        memory = HashMemory(self.folder / "source-hashes.json")
+        known = {p: h for p in sources if (h := self.model.hashes.get(p.name) or memory.get(p))}
+        unread = [*(p for p in sources if p not in known), *others]
+        new = hash_files(unread, self.workers, self.progress) if unread else {}
         self.require_unchanged()
         fresh = {p: new[p] for p in sources if p in new}
         if fresh:
             memory.add(fresh)
-        seal(folder, {p.name: h for p, h in {**known, **fresh}.items()}, {n: new[p] for n, p in made.items()})
+        return {p.name: h for p, h in {**known, **fresh}.items()}, new
+
+    # The proof
+
+    def prove(self, folder: Path, artifact: ArtifactPlan, facts: Provenance) -> dict[str, Any]:
+        """The report on a finished artifact in `folder`, of the digests in `facts`; see prove.prove."""
+        from exporter.pipeline.prove import prove
+
+        layouts = artifact.format.layout(self.job(artifact, facts))
+        profile, digests, threads = self.plan.profile, facts.tensor_digests, runtime_threads()
+        return prove(folder, artifact, layouts, profile, self._reference, digests, self.workers, threads, self.progress)
+
+    @functools.cached_property
+    def _reference(self) -> Any:
+        from exporter.pipeline.reference import Reference
+
+        device = resolve_device(self.request.device)
+        made = Reference(self.model, self.plan.profile, self.folder / "reference", device, self.progress)
+        self.require_unchanged()
+        return made
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the model's output folder, free of what a proof that was killed left there."""
+        with locked(self.folder):
+            for left in self.folder.glob(f"{SCRATCH_PREFIX}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield
 
     def require_unchanged(self) -> None:
         """What was read at different times must have been one checkpoint."""

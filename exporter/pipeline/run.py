@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exporter.errors import UsageError
-from exporter.formats.base import Provenance
 from exporter.pipeline.artifact import Maker
 from exporter.pipeline.before import accepted_tokenizer, leaves_at_once, preflight, require_disk
 from exporter.pipeline.calibrate import starved
-from exporter.pipeline.lock import locked
-from exporter.pipeline.machine import runtime_threads
 from exporter.pipeline.plan import ArtifactPlan, Plan, require_fit
 from exporter.pipeline.profiles import load_profile
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.request import RunRequest, plan_request
-from exporter.pipeline.runtimes import resolve_device
 from exporter.pipeline.source import OpenedModel, open_model
-from exporter.validate.runtime import SCRATCH_PREFIX
 
 
 @dataclass
@@ -53,10 +46,9 @@ class Run:
         preflight(request, profile)
         self.model: OpenedModel = open_model(request.model, progress)
         self.plan = plan_request(request, profile, self.model)
-        self.profile = self.plan.profile
-        self.folder = request.out / self.model.name
-        if self.folder.resolve() == self.model.checkpoint.path.resolve():
-            raise UsageError(f"{self.folder} is the checkpoint itself", hint="choose another --out")
+        folder = request.out / self.model.name
+        if folder.resolve() == self.model.checkpoint.path.resolve():
+            raise UsageError(f"{folder} is the checkpoint itself", hint="choose another --out")
         tokenizer = accepted_tokenizer(self.model.checkpoint, self.plan)
         workers = leaves_at_once(request, self.plan)
         self.maker = Maker(request, self.plan, self.model, tokenizer, workers, progress)
@@ -66,9 +58,7 @@ class Run:
         results = [ArtifactResult(a) for a in self.plan.artifacts]
         if self.request.reaches("quantize"):
             require_fit(self.plan)
-            with locked(self.folder):
-                for left in self.folder.glob(f"{SCRATCH_PREFIX}*"):
-                    shutil.rmtree(left, ignore_errors=True)  # of a proof that was killed
+            with self.maker.alone():
                 folders = {self.maker.folder_of(a): a for a in self.plan.artifacts}
                 stores = {self.maker.store_of(a): a for a in self.plan.artifacts}
                 require_disk(self.request, self.plan, folders, stores)
@@ -92,34 +82,9 @@ class Run:
             result.starved = starved(store, artifact.steps)
             result.repacked = (sum(e for e, _ in shares), sum(b for _, b in shares))
             if self.request.reaches("validate"):
-                self._validate(result, names, facts)
+                assert result.path is not None
+                self.maker.seal(result.path, names)
+                result.report = self.maker.prove(result.path, artifact, facts)
+                result.status = result.report["status"]
         finally:
             store.release()
-
-    def _validate(self, result: ArtifactResult, names: list[str], facts: Provenance) -> None:
-        from exporter.pipeline.prove import prove
-
-        assert result.path is not None
-        self.maker.seal(result.path, names)
-        layouts = result.plan.format.layout(self.maker.job(result.plan, facts))
-        result.report = prove(
-            result.path,
-            result.plan,
-            layouts,
-            self.profile,
-            self._reference,
-            facts.tensor_digests,
-            self.maker.workers,
-            runtime_threads(),
-            self.progress,
-        )
-        result.status = result.report["status"]
-
-    @functools.cached_property
-    def _reference(self) -> Any:
-        from exporter.pipeline.reference import Reference
-
-        device = resolve_device(self.request.device)
-        made = Reference(self.model, self.profile, self.folder / "reference", device, self.progress)
-        self.maker.require_unchanged()
-        return made

@@ -205,8 +205,8 @@ def test_disk_that_fills_up_meanwhile(small_disk, tmp_path):
     hog = small_disk / "hog"
     script = """
 import os, sys
-from exporter.pipeline import run
-run.shutil.disk_usage = lambda path: type("U", (), {"free": 10**12})
+from exporter.pipeline import before
+before.shutil.disk_usage = lambda path: type("U", (), {"free": 10**12})
 from exporter.cli import main
 main(sys.argv[1:])
 """
