@@ -210,6 +210,7 @@ def plan_json(plan: Any) -> dict[str, Any]:
                 "bytes": a.nbytes,
                 "fit": {**asdict(a.fit), "total": a.fit.total, "fits": a.fit.fits},
                 "largest_context": a.largest_context,
+                "hardware": [asdict(v) for v in a.format.hardware(a.steps)],
                 "groups": [
                     {"tensors": what, "count": count, "method": method, "scheme": scheme, "type": kind, "bytes": n}
                     for what, count, method, scheme, kind, n in groups(a)
@@ -240,6 +241,12 @@ def _show(artifact: Any) -> None:
     columns = ("tensors", "count", "method", "numbers", "stored as", "bytes")
     print_table(columns, rows, f"\n{artifact.label}: {artifact.recipe.title}", right=(1, 5))
     print_table(("memory", "bytes"), fit_rows(artifact.fit, artifact.largest_context), right=(1,))
+    if verdicts := artifact.format.hardware(artifact.steps):
+        size = format_size(artifact.fit.weights)
+        devices = [
+            (v.device, v.examples, "" if v.refusal else v.form, v.refusal or f"builds, {size}") for v in verdicts
+        ]
+        print_table(("device", "for example", "experts as", "engine"), devices)
 
 
 def fit_rows(fit: Any, largest: int) -> list[tuple[str, str]]:

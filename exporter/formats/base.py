@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from exporter.model import ModelConfig
+from exporter.model.memory import Buffers
 from exporter.types import QTensor, Scheme, TensorSpec
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
@@ -129,16 +130,28 @@ class Located:
 class Footprint:
     """What an artifact takes in its runtime: bytes of weights as the runtime holds them, and of one number of KV.
 
-    `windowed`: whether sliding layers keep their window only.
+    `windowed`: whether sliding layers keep their window only. `buffers`: what else the runtime takes, where
+    that is not what llama.cpp takes.
     """
 
     weights: int
     kv_item: int = 2
     windowed: bool = True
+    buffers: Buffers | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an artifact is on one kind of device: the form of its experts, or a `refusal`: why it does not run."""
+
+    device: str
+    examples: str
+    form: str
+    refusal: str = ""
 
 
 # What proves an artifact: its runtime, or our own forward on the weights as they are read back from the files.
-Prover = Literal["llama.cpp", "onnxruntime", "reference"]
+Prover = Literal["llama.cpp", "onnxruntime", "tensorrt", "reference"]
 
 
 class Format(Protocol):
@@ -173,6 +186,9 @@ class Format(Protocol):
 
     def footprint(self, steps: Sequence[Step]) -> Footprint:
         """Memory that the weights take where the artifact runs; pure."""
+
+    def hardware(self, steps: Sequence[Step]) -> tuple[Verdict, ...]:
+        """A verdict for each kind of device that makes a difference; empty where none does. Pure."""
 
     def pack(self, step: Step, q: QTensor) -> list[U8]:
         """The stored bytes of some leading indices: for each part one array, [i, j..., b] in its own order."""

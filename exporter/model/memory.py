@@ -5,10 +5,14 @@ Only full-attention layers grow with the context: 20b needs 24,576 bytes a token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from exporter.model.config import FULL, ModelConfig
 from exporter.types.profile import Hardware
+
+# What a runtime takes beside weights and cache at a context: bytes of (logits, all else).
+Buffers = Callable[[ModelConfig, int], tuple[int, int]]
 
 KV_ITEM = 2  # bytes of one number of the KV cache: f16, the default of llama.cpp and of GPUs in ONNX Runtime
 
@@ -65,38 +69,48 @@ def fit(
     *,
     kv_item: int = KV_ITEM,
     windowed: bool = True,
+    buffers: Buffers | None = None,
 ) -> Fit:
     """Whether `weights` bytes of model run on `hardware` with a `context` of tokens; see kv_bytes for the rest.
 
     Buffers as llama.cpp's graph takes them with flash attention, its default: logits of one micro-batch
     (f32), the attention masks of full and sliding layers (f16), and the inputs of the chosen experts and of
     the layer (f32). For a 20b-shaped file its own log says 429.65, 453.65 and 549.65 MiB of compute buffer
-    at 8, 32 and 128 thousand tokens; this gives the same.
+    at 8, 32 and 128 thousand tokens; this gives the same. `buffers`: what another runtime takes in their place.
     """
     context = context or hardware.context
     kv_full, kv_sliding = kv_bytes(c, context, hardware.ubatch, kv_item, windowed)
     cells = _round_up(context) + _round_up(c.sliding_window + hardware.ubatch)
     activations = (c.num_experts_per_tok * c.intermediate_size + c.hidden_size) * 4
+    logits, scratch = hardware.ubatch * c.vocab_size * 4, hardware.ubatch * (cells * 2 + activations)
+    if buffers is not None:
+        logits, scratch = buffers(c, context)
     return Fit(
         context=context,
         weights=weights,
         kv_full=kv_full,
         kv_sliding=kv_sliding,
-        logits=hardware.ubatch * c.vocab_size * 4,
-        scratch=hardware.ubatch * (cells * 2 + activations),
+        logits=logits,
+        scratch=scratch,
         runtime=hardware.runtime,
         usable=hardware.usable,
     )
 
 
 def largest_context(
-    c: ModelConfig, weights: int, hardware: Hardware, *, kv_item: int = KV_ITEM, windowed: bool = True
+    c: ModelConfig,
+    weights: int,
+    hardware: Hardware,
+    *,
+    kv_item: int = KV_ITEM,
+    windowed: bool = True,
+    buffers: Buffers | None = None,
 ) -> int:
     """The longest context (a multiple of 256, up to the model's own) that fits; 0 if none does."""
     low, high = 0, c.max_position_embeddings // 256
     while low < high:
         middle = (low + high + 1) // 2
-        if fit(c, weights, hardware, middle * 256, kv_item=kv_item, windowed=windowed).fits:
+        if fit(c, weights, hardware, middle * 256, kv_item=kv_item, windowed=windowed, buffers=buffers).fits:
             low = middle
         else:
             high = middle - 1

@@ -69,6 +69,12 @@ class ReferenceLogits:
             raise _damaged(path, problem)
         return loaded
 
+    def first(self, windows: int) -> ReferenceLogits:
+        """Those of the first windows."""
+        n = windows * self.tokens.shape[1]
+        others = {name: getattr(self, name)[:n] for name in self.__dataclass_fields__ if name != "tokens"}
+        return ReferenceLogits(tokens=self.tokens[:windows], **others)
+
     def _problem(self) -> str | None:
         wanted = {
             "tokens": (np.int64, 2),

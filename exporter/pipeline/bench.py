@@ -77,6 +77,10 @@ def find_subject(path: Path) -> Subject:
     if len(web) > 1 and not files:
         raise UsageError(f"{path / 'onnx'} has several graphs", hint=f"one of them: {web[0]}")
     if not files or (len(files) > 1 and "-00001-of-" not in files[0].name):
+        if (path / "decode.onnx").exists():
+            raise Refused(
+                f"{path} is for TensorRT, which runs on an NVIDIA GPU only", hint="its README.md has the command lines"
+            )
         what = "several GGUF files" if files else "no .onnx and no .gguf file"
         raise UsageError(f"{path} has {what}", hint="a folder that `exporter quantize` made, or one file")
     return Subject("gguf", path, files[0])

@@ -152,7 +152,13 @@ def _room(plan: Plan, artifact: ArtifactPlan) -> int:
     """Bytes of weights that the profile's memory has room for where an artifact runs."""
     taken = artifact.format.footprint(artifact.steps)
     empty = fit(
-        plan.config, 0, plan.profile.hardware, artifact.fit.context, kv_item=taken.kv_item, windowed=taken.windowed
+        plan.config,
+        0,
+        plan.profile.hardware,
+        artifact.fit.context,
+        kv_item=taken.kv_item,
+        windowed=taken.windowed,
+        buffers=taken.buffers,
     )
     return empty.usable - empty.total
 

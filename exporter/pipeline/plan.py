@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from exporter.errors import Refused, UsageError, did_you_mean
 from exporter.formats import get_format
@@ -43,7 +44,7 @@ class ArtifactPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know beforehand. `on_request`: what the profile makes when its format is asked for."""
+    """Everything a run needs to know beforehand. `on_request`: what else the profile makes, if no format was named."""
 
     model_name: str
     config: ModelConfig
@@ -90,7 +91,7 @@ def make_plan(
         )
     specs = tensor_specs(config)
     planned = tuple(_plan_artifact(a, specs, config, scheme_of, profile) for a in chosen)
-    others = tuple(a for a in profile.artifacts if not (a.default or a.format in formats))
+    others = tuple(a for a in profile.artifacts if not (a.default or formats))
     return Plan(model_name, config, profile, planned, others)
 
 
@@ -166,15 +167,15 @@ def _plan_artifact(
         raise Refused(f"{fmt.name} cannot hold recipe {recipe.name}: {reason}", hint="choose another --recipe")
     hardware = replace(profile.hardware, context=spec.context or profile.hardware.context)
     taken = fmt.footprint(steps)
-    item, windowed = taken.kv_item, taken.windowed
+    runtime: Any = {"kv_item": taken.kv_item, "windowed": taken.windowed, "buffers": taken.buffers}
     return ArtifactPlan(
         spec=spec,
         format=fmt,
         recipe=recipe,
         steps=steps,
         nbytes=sum(fmt.target(s).nbytes for s in steps),
-        fit=fit(config, taken.weights, hardware, kv_item=item, windowed=windowed),
-        largest_context=largest_context(config, taken.weights, hardware, kv_item=item, windowed=windowed),
+        fit=fit(config, taken.weights, hardware, **runtime),
+        largest_context=largest_context(config, taken.weights, hardware, **runtime),
     )
 
 

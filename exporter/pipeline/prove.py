@@ -26,6 +26,7 @@ from exporter.pipeline.files import write_whole
 from exporter.pipeline.plan import ArtifactPlan
 from exporter.pipeline.progress import Progress, worker_stages
 from exporter.pipeline.prove_onnx import in_onnxruntime, missing_provider, provider_for
+from exporter.pipeline.prove_tensorrt import in_tensorrt
 from exporter.pipeline.quantize import tasks
 from exporter.pipeline.reference import Reference
 from exporter.types import leaf_count, leaf_range, tensor_digest
@@ -149,6 +150,8 @@ def _run(
         return _in_llama_cpp(folder / filename, reference, threads, progress)
     if prover == "reference":
         return _in_our_forward(folder, artifact, reference)
+    if prover == "tensorrt":
+        return _in_tensorrt(folder, artifact, reference, threads, progress)
     provider = provider_for(target, artifact.steps)
     if provider is None:
         report = _in_our_forward(folder, artifact, reference)
@@ -185,6 +188,21 @@ def _in_llama_cpp(path: Path, reference: Reference, threads: int, progress: Prog
         scratch=reference.scratch,
         on_progress=worker_stages(progress, "llama.cpp"),
     )
+    progress.done()
+    return report
+
+
+def _in_tensorrt(
+    folder: Path, artifact: ArtifactPlan, reference: Reference, threads: int, progress: Progress
+) -> dict[str, Any]:
+    def figures() -> dict[str, Any]:
+        found = _in_our_forward(folder, artifact, reference)
+        return {key: found[key] for key in ("export", "release")}
+
+    def own(compared: Reference) -> ReferenceLogits:
+        return _own_forward(folder, artifact, compared)
+
+    report = in_tensorrt(folder, reference, own, figures, threads, worker_stages(progress, "tensorrt"))
     progress.done()
     return report
 

@@ -62,14 +62,7 @@ def in_onnxruntime(
     report = prove_onnx(
         folder,
         folder / graph,
-        Expected(
-            release=reference.release,
-            routes=reference.routes,
-            window=reference.checkpoint.config.sliding_window,
-            trained=reference.trained,
-            arithmetic=own,
-            long=reference.long,
-        ),
+        expected_of(reference, own),
         provider=provider,
         text=reference.sample,
         tokenizer_file=reference.tokenizer_file,
@@ -82,6 +75,21 @@ def in_onnxruntime(
     if not report["runtime"]["executed_on_target"]:
         report["not_run"]["target"] = missing_provider(target)
     return report
+
+
+def expected_of(reference: Reference, own: ReferenceLogits, long: bool = True) -> Expected:
+    """What graphs of a folder are compared with; `own`: what our forward predicts with the weights in it.
+
+    `long`: also on a text beyond the length that the rope was made for.
+    """
+    return Expected(
+        release=reference.release,
+        routes=reference.routes,
+        window=reference.config.sliding_window,
+        trained=reference.trained,
+        arithmetic=own,
+        long=reference.long if long else None,
+    )
 
 
 def _chat(reference: Reference) -> Chat | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,36 @@ _BEYOND = 256  # tokens of the long text that lie beyond the length that the rop
 class Reference:
     """Reference logits of one checkpoint on the held-out text, made once and kept in `folder`.
 
+    `layers`: how many of the model's layers are computed, 0 for all of them.
+
     release   as the rope was released; routes: the experts that it chooses, uint16 [layers, N, top_k]
     runtime   as llama.cpp computes the rope
     long      one sequence [1, T] that ends `_BEYOND` tokens after `trained`; None where the model does not
     """
 
-    def __init__(self, model: OpenedModel, profile: Profile, folder: Path, device: str, progress: Progress) -> None:
+    def __init__(
+        self, model: OpenedModel, profile: Profile, folder: Path, device: str, progress: Progress, layers: int = 0
+    ) -> None:
         assert model.checkpoint.tokenizer_file is not None  # Run has looked
         self.tokenizer_file = model.checkpoint.tokenizer_file
         self.sample = text.standard_library()
         self.windows = text.windows(self.tokenizer_file, self.sample, profile.validate.windows, profile.validate.length)
         self.checkpoint, self.scratch = model.checkpoint, folder.parent
+        self.config = model.checkpoint.config
+        if layers:
+            kinds = self.config.layer_types[:layers]
+            self.config = replace(self.config, num_hidden_layers=layers, layer_types=kinds)
+        self._made_of = (model, profile, folder, device, progress)
         self._folder, self._device, self._progress = folder, device, progress
         self._fingerprint = model.fingerprint()
-        rope = model.checkpoint.config.rope
+        rope = self.config.rope
         self._ropes = [rope, llama_cpp.runtime_rope(rope)]
         self.release, self.runtime = self._load_or_make()
 
     @property
     def trained(self) -> int:
         """Tokens that the rope was made for, before YaRN stretched it."""
-        config = self.checkpoint.config
+        config = self.config
         stretched = config.rope.kind == "yarn"
         return config.rope.original_max_position if stretched else config.max_position_embeddings
 
@@ -63,7 +73,7 @@ class Reference:
 
     @functools.cached_property
     def long(self) -> ReferenceLogits | None:
-        config = self.checkpoint.config
+        config = self.config
         length = min(config.max_position_embeddings, self.trained + _BEYOND)
         if length <= self.trained:
             return None
@@ -77,12 +87,18 @@ class Reference:
         made.save(path)
         return made
 
+    def shallow(self, layers: int) -> Reference:
+        """The same of the model's first layers."""
+        return Reference(*self._made_of, layers=layers)
+
     def predict(self, read: Read, stage: str) -> ReferenceLogits:
         """What other weights predict on the same text, in the arithmetic of `release`."""
-        return self._forward(read, self.windows.tokens, [self.checkpoint.config.rope], stage)[0]
+        return self._forward(read, self.windows.tokens, [self.config.rope], stage)[0]
 
     def _file(self, tokens: I64, ropes: list[RopeConfig], name: str) -> Path:
-        key = _key(self._fingerprint, tokens, f"{REFERENCE_TOP_K} {ropes} {self._device}")
+        whole = self.config == self.checkpoint.config
+        depth = "" if whole else f" {self.config.num_hidden_layers} layers"
+        key = _key(self._fingerprint, tokens, f"{REFERENCE_TOP_K} {ropes} {self._device}{depth}")
         return self._folder / f"{key}-{name}.npz"
 
     def _logits_files(self) -> list[Path]:
@@ -95,7 +111,7 @@ class Reference:
             return self._make()
 
     def _make(self) -> list[ReferenceLogits]:
-        routes = Routes(self.checkpoint.config, self.windows.tokens.size)
+        routes = Routes(self.config, self.windows.tokens.size)
         made = self._forward(self._read, self.windows.tokens, self._ropes, "reference", routes)
         self._folder.mkdir(parents=True, exist_ok=True)
         routes.save(self._file(self.windows.tokens, self._ropes, "routes"))
@@ -106,7 +122,7 @@ class Reference:
     def _forward(
         self, read: Read, tokens: I64, ropes: list[RopeConfig], stage: str, routed: Routed | None = None
     ) -> list[ReferenceLogits]:
-        config = self.checkpoint.config
+        config = self.config
         self._progress.stage(stage, parameter_count(config), "parameters")
         done = 0
 

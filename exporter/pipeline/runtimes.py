@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from contextlib import suppress
 
 from exporter.errors import MissingExtra, UsageError
+from exporter.validate import tensorrt
 from exporter.validate.onnx_session import require_environment
 
 # Module -> what it is for. The package's name differs by a dash.
@@ -16,8 +18,11 @@ _RUNTIMES = {
         "onnx",
         {"onnxruntime": "running an ONNX artifact", "onnxruntime_genai": "generating from an ONNX artifact"},
     ),
+    # TensorRT-RTX itself is not for every machine: without it the proof says that no engine was built.
+    "tensorrt": ("onnx", {"onnxruntime": "running a TensorRT artifact's graphs"}),
 }
-_WRITERS = {"onnx": ("onnx", {"onnx": "writing an ONNX graph", "onnx_ir": "writing an ONNX graph"})}
+_GRAPHS = {"onnx": "writing an ONNX graph", "onnx_ir": "writing an ONNX graph"}
+_WRITERS = {"onnx": ("onnx", _GRAPHS), "tensorrt": ("onnx", _GRAPHS)}
 
 
 def require_runtimes(device: str, formats: Iterable[str]) -> None:
@@ -28,6 +33,9 @@ def require_runtimes(device: str, formats: Iterable[str]) -> None:
         if name == "onnx":
             _require("validate", {"jinja2": "rendering a conversation as the artifact should"})
             require_environment("shipped")
+        if name == "tensorrt":
+            with suppress(MissingExtra):
+                tensorrt.version()
     resolve_device(device)
 
 

@@ -45,6 +45,19 @@ GATES: dict[str, GateKind] = {
     "genai_difference": GateKind("genai.difference", "max", "mean difference of that KL from the plain graph's, nats"),
     "genai_tokenizer_equal": GateKind("genai.tokenizer_equal", "equal", "onnxruntime-genai's token ids are equal"),
     "genai_chat_equal": GateKind("genai.chat_equal", "equal", "onnxruntime-genai renders conversations equally"),
+    "optimizer_difference": GateKind(
+        "optimizer.export.logit_difference", "max", "what ONNX Runtime's rewriting changes in a logit, in float32"
+    ),
+    "optimizer_shipped_difference": GateKind(
+        "optimizer.release.logit_difference", "max", "what it changes in a logit of the graphs as shipped"
+    ),
+    "parser_rules_kept": GateKind("rules.kept", "equal", "the graphs keep the rules of TensorRT's parser"),
+    "engines_built": GateKind("engines.built", "equal", "TensorRT-RTX builds an engine of each graph for each GPU"),
+    "engines_expansion": GateKind(
+        "engines.expansion", "max", "share of quantized weights that an engine has in more bits than the file"
+    ),
+    "engines_fused": GateKind("engines.fused", "equal", "attention of every layer is one fused kernel in each engine"),
+    "gpu_kl_mean": GateKind("gpu.kl_mean", "max", "mean KL of the engines as the GPU runs them, nats"),
     "ppl_ratio": GateKind("release.ppl_ratio", "max", "perplexity of the artifact over that of the reference"),
 }
 

@@ -168,6 +168,8 @@ def summary(positions: Positions, seed: int = 0) -> dict[str, Any]:
     kl = positions.kl
     follows = ~np.isnan(positions.reference)
     reference, artifact = positions.reference[follows], positions.artifact[follows]
+    if not follows.any():  # a text of single tokens: no mean of nothing
+        reference = artifact = np.full(1, np.nan)
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = bootstrap_mean(kl, seed)
         figures = {

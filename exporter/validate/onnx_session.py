@@ -17,6 +17,7 @@ import numpy.typing as npt
 from exporter.errors import ExporterError, MissingExtra
 from exporter.model.reference import I64, U16
 from exporter.numerics.floats import F32
+from exporter.validate import onnx_twin
 from exporter.validate.onnx_kernels import CUDA
 
 # "shipped": as the graph's accuracy_level says (on CPU, activations rounded to int8 block by block).
@@ -58,6 +59,7 @@ class Graph:
 
     `inspect`: add the router logits of every layer to the outputs (no node changes for it), and note
     the `accuracy_levels` of its integer kernels. `head_size`: of keys and values, where the graph leaves it open.
+    `optimize`: whether ONNX Runtime may rewrite the graph. `layers`: run only the first ones, 0 for all.
     Raises ExporterError when the runtime cannot load it.
     """
 
@@ -70,6 +72,8 @@ class Graph:
         activations: Activations = "shipped",
         inspect: bool = False,
         head_size: int = 0,
+        optimize: bool = True,
+        layers: int = 0,
     ) -> None:
         ort = import_onnxruntime()
         require_environment(activations)
@@ -77,14 +81,21 @@ class Graph:
         ort.set_default_logger_severity(_ERROR)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, _ERROR
+        # DequantizeLinear and MatMul that are fused round activations to int8 by default.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(_FLOAT32_ACTIVATIONS))
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         model: Any = str(path)
         self.routers: list[str] = []
         self.accuracy_levels: list[int] = []
-        if inspect or activations == "float32":
-            model, self.routers, self.accuracy_levels = _changed(path, activations, inspect)
+        if inspect or layers or activations == "float32":
+            model, self.routers, self.accuracy_levels = _changed(path, activations, inspect, layers)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        if layers:  # of a model that is too large to run whole: decoded weights must not stay
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        kept_out = ["ConstantFolding"] if layers else []
         try:
-            self.session: Any = ort.InferenceSession(model, options, providers=[provider])
+            self.session: Any = ort.InferenceSession(model, options, providers=[provider], disabled_optimizers=kept_out)
         except Exception as error:  # pybind's own kinds, one for each status code
             raise self.failure("load", error) from error
         if provider not in self.session.get_providers():
@@ -102,6 +113,7 @@ class Graph:
             )
         self.present = [n for n in outputs if n.startswith("present.")]
         self.vocab_size = int(outputs["logits"].shape[-1])
+        self.takes_positions = "position_ids" in inputs
 
     def empty(self) -> dict[str, Any]:
         """Keys and values of no tokens, by input name."""
@@ -133,7 +145,7 @@ def _is_decoder(outputs: Mapping[str, Any]) -> bool:
     return "present.0.key" in outputs and logits is not None and type(logits.shape[-1]) is int
 
 
-def _changed(path: Path, activations: Activations, inspect: bool) -> tuple[bytes, list[str], list[int]]:
+def _changed(path: Path, activations: Activations, inspect: bool, layers: int) -> tuple[bytes, list[str], list[int]]:
     """The graph without its weights and with the activations asked for; its router logits; its accuracy levels."""
     try:
         import onnx
@@ -143,6 +155,13 @@ def _changed(path: Path, activations: Activations, inspect: bool) -> tuple[bytes
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own
         raise ExporterError(f"{path} cannot be read ({error})", hint="exporter quantize ... --overwrite") from error
+    if layers:
+        onnx_twin.cut(model, layers)
+    if onnx_twin.is_for_tensorrt(model):
+        routers = onnx_twin.router_logits(model) if inspect else []
+        onnx_twin.for_onnxruntime(model, wide=activations == "float32")
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in routers)
+        return bytes(model.SerializeToString()), routers, []
     levels: set[int] = set()
     for node in model.graph.node:
         if node.op_type not in ("MatMulNBits", "QMoE"):
@@ -159,21 +178,27 @@ def _changed(path: Path, activations: Activations, inspect: bool) -> tuple[bytes
 
 
 class Decoding:
-    """One sequence; each call appends tokens and sees all that came before through the cache."""
+    """One sequence; each call appends tokens and sees all that came before through the cache.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.position = graph, 0
+    `single`: a graph of the same cache that takes over where one token comes alone.
+    """
+
+    def __init__(self, graph: Graph, single: Graph | None = None) -> None:
+        self.graph, self.single, self.position = graph, single, 0
         self._cache = graph.empty()
         self._routers: list[F32] = []
 
     def append(self, tokens: Sequence[int] | I64) -> F32:
         """Logits float32 [n, V] of n more tokens."""
-        graph = self.graph
         ids = np.asarray(tokens, np.int64)[None]  # [1, n]
+        graph = self.single if self.single is not None and ids.shape[1] == 1 else self.graph
         self.position += ids.shape[1]
         binding = graph.session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", np.ones((1, self.position), np.int64))
+        if graph.takes_positions:
+            positions = np.arange(self.position - ids.shape[1], self.position, dtype=np.int64)
+            binding.bind_cpu_input("position_ids", positions[None])
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
         outputs = ["logits", *graph.routers, *graph.present]

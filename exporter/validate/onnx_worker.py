@@ -33,6 +33,7 @@ from exporter.validate.onnx_session import Activations, Decoding, Graph
 _WINDOW = 512  # tokens of a window that go in at once: 400 MiB of logits for gpt-oss
 _PIECE = 256  # tokens of one call of the long sequence
 _SINGLE = 32  # tokens at its end that go in alone
+_ALONE = 4  # tokens that go in alone with and without ONNX Runtime's rewriting
 CHUNKS = 100
 
 
@@ -45,7 +46,8 @@ class Request:
     windows, arithmetic, long: .npz files of model/reference.py, "" for none, the first two of one text;
     results of comparing with each go to `results`.
     prefill, steps: tokens of the first window at once, then one by one. top_k: experts of a token.
-    head_size: see `Graph`.
+    single: another graph for tokens that come alone, "" for none. layers, head_size: see `Graph`.
+    optimizer: also run the start of the first window as the graph is, without ONNX Runtime's rewriting.
     """
 
     graph: str
@@ -64,20 +66,17 @@ class Request:
     steps: int = 64
     top_k: int = 0
     head_size: int = 0
+    single: str = ""
+    layers: int = 0
+    optimizer: bool = False
 
 
 def run(request: Request, report: OnProgress) -> dict[str, Any]:
     """Load, measure speed and memory, then compare. In this order: comparing needs memory of its own."""
     report("load", 0, 1)
     started = time.perf_counter()
-    graph = Graph(
-        Path(request.graph),
-        threads=request.threads,
-        provider=request.provider,
-        activations=request.activations,
-        inspect=bool(request.windows),
-        head_size=request.head_size,
-    )
+    graph = _load(request, request.graph)
+    single = _load(request, request.single) if request.single else None
     load_seconds = time.perf_counter() - started
     answer: dict[str, Any] = {
         "version": graph.version,
@@ -92,12 +91,31 @@ def run(request: Request, report: OnProgress) -> dict[str, Any]:
         answer["load_average"] = child.load_average()
     arrays: dict[str, Any] = {}
     if request.windows:
-        answer |= _windows(graph, request, arrays, report)
+        answer |= _windows(graph, single, request, arrays, report)
     if request.long:
-        arrays |= _long(graph, ReferenceLogits.load(Path(request.long)), report).arrays("long")
+        arrays |= _long(graph, single, ReferenceLogits.load(Path(request.long)), report).arrays("long")
+    if request.optimizer:
+        rewritten = _start(Decoding(graph, single), request)
+        del graph, single  # their weights: those of a large model are there once
+        report("without rewriting", 0, 1)
+        answer["optimizer_difference"] = _apart(rewritten, _start(_untouched(request), request))
+        report("without rewriting", 1, 1)
     if request.results:
         np.savez(request.results, allow_pickle=False, **arrays)
     return answer
+
+
+def _load(request: Request, path: str, optimize: bool = True) -> Graph:
+    return Graph(
+        Path(path),
+        threads=request.threads,
+        provider=request.provider,
+        activations=request.activations,
+        inspect=bool(request.windows),
+        head_size=request.head_size,
+        optimize=optimize,
+        layers=request.layers,
+    )
 
 
 def _require_vocabulary(graph: Graph, tokens: I64) -> None:
@@ -149,7 +167,9 @@ def _speed(graph: Graph, request: Request, windows: I64, report: OnProgress) -> 
 # Against the reference
 
 
-def _windows(graph: Graph, request: Request, arrays: dict[str, Any], report: OnProgress) -> dict[str, Any]:
+def _windows(
+    graph: Graph, single: Graph | None, request: Request, arrays: dict[str, Any], report: OnProgress
+) -> dict[str, Any]:
     """Compare the windows, and the first of them in pieces as well; what differs between the two."""
     reference = ReferenceLogits.load(Path(request.windows))
     _require_vocabulary(graph, reference.tokens)
@@ -181,17 +201,18 @@ def _windows(graph: Graph, request: Request, arrays: dict[str, Any], report: OnP
     apart = {}
     for name, counts in pieces.items():
         first = request.prefill if name == "cached" else 0
-        positions, apart[f"{name}_difference"] = _in_pieces(graph, reference, counts, first, whole)
+        decoding = Decoding(graph, single)
+        positions, apart[f"{name}_difference"] = _in_pieces(decoding, reference, counts, first, whole)
         arrays |= positions.arrays(name)
     return apart
 
 
 def _in_pieces(
-    graph: Graph, reference: ReferenceLogits, counts: list[int], first: int, whole: F32
+    decoding: Decoding, reference: ReferenceLogits, counts: list[int], first: int, whole: F32
 ) -> tuple[Positions, float]:
     """The first window in pieces of `counts` tokens: positions from `first` on, and the largest
     difference of a logit from `whole` [n, V]."""
-    decoding, found, apart = Decoding(graph), [], 0.0
+    found, apart = [], 0.0
     for count in counts:
         at = decoding.position
         logits = decoding.append(reference.tokens[0, at : at + count])
@@ -201,13 +222,33 @@ def _in_pieces(
     return Positions.join(found), apart
 
 
-def _long(graph: Graph, reference: ReferenceLogits, report: OnProgress) -> Positions:
+def _untouched(request: Request) -> Decoding:
+    """In graphs that ONNX Runtime does not rewrite."""
+    single = _load(request, request.single, optimize=False) if request.single else None
+    return Decoding(_load(request, request.graph, optimize=False), single)
+
+
+def _start(decoding: Decoding, request: Request) -> list[F32]:
+    """Logits of the start of the first window: a prompt at once, then some tokens one by one."""
+    tokens = ReferenceLogits.load(Path(request.windows)).tokens[0, : request.prefill + _ALONE]
+    return [decoding.append(piece) for piece in (tokens[: request.prefill], *tokens[request.prefill :, None])]
+
+
+def _apart(some: list[F32], others: list[F32]) -> float:
+    """The largest difference of a logit."""
+    apart = 0.0
+    for one, other in zip(some, others, strict=True):
+        apart = float(np.maximum(apart, np.abs(one - other).max()))  # NaN stays
+    return apart
+
+
+def _long(graph: Graph, single: Graph | None, reference: ReferenceLogits, report: OnProgress) -> Positions:
     """Every position of one long sequence."""
     tokens = reference.tokens[0]
     _require_vocabulary(graph, tokens)
     together = max(0, len(tokens) - _SINGLE)
     pieces = [min(_PIECE, together - at) for at in range(0, together, _PIECE)] + [1] * min(_SINGLE, len(tokens))
-    decoding, found = Decoding(graph), []
+    decoding, found = Decoding(graph, single), []
     for count in pieces:
         at = decoding.position
         found.append(compare(reference, at, decoding.append(tokens[at : at + count])))

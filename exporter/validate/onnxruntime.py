@@ -81,12 +81,12 @@ def prove_onnx(
     tokenizer = texts.load_tokenizer(tokenizer_file)
     pieces = texts.pieces(tokenizer, text)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as exchange:
-        files = _Exchange(Path(exchange), expected)
-        asked = _ask(graph, expected, files, provider, threads)
-        report = _in_modes(asked, expected, files, time_limit, on_progress)
+        files = Exchange(Path(exchange), expected)
+        asked = replace(ask(graph, expected, files, provider, threads), **_speed(expected))
+        report = in_modes(asked, expected, files, time_limit, on_progress)
         speed = report["speed"]
         speed["greedy_text"] = tokenizer.decode(speed["greedy_ids"], skip_special_tokens=False)
-        report |= _tokenizer(tokenizer, texts.load_tokenizer(folder / "tokenizer.json"), pieces)
+        report |= compare_tokenizers(tokenizer, texts.load_tokenizer(folder / "tokenizer.json"), pieces)
         question = genai_worker.Request(
             folder=str(folder.absolute()),
             threads=threads,
@@ -172,7 +172,7 @@ def file_bytes(graph: Path) -> int:
 # ONNX Runtime
 
 
-class _Exchange:
+class Exchange:
     """References laid into a folder for the workers; its results come there too."""
 
     def __init__(self, folder: Path, expected: Expected) -> None:
@@ -194,22 +194,26 @@ class _Exchange:
             return Positions.join([first, Positions.of(results, "cached")])
 
 
-def _ask(graph: Path, expected: Expected, files: _Exchange, provider: str, threads: int) -> onnx_worker.Request:
+def ask(graph: Path, expected: Expected, files: Exchange, provider: str, threads: int) -> onnx_worker.Request:
+    """What every mode is asked: comparisons, no speed."""
     tokens = expected.release.tokens
     prefill = max(1, min(expected.window - _BEFORE, tokens.shape[1] - 1))
     return onnx_worker.Request(
         graph=str(graph.absolute()),
         threads=threads,
         provider=provider,
-        speed=tokens[:_SPEED_WINDOWS].tolist(),
-        prompt=_PROMPT,
-        generate=_GENERATE,
         windows=str(files.windows),
         long=str(files.long) if expected.long is not None else "",
         prefill=prefill,
         steps=min(_STEPS, tokens.shape[1] - prefill),
         top_k=expected.routes.shape[2],
     )
+
+
+def _speed(expected: Expected) -> dict[str, Any]:
+    """The part of a request that is about speed."""
+    windows = expected.release.tokens[:_SPEED_WINDOWS].tolist()
+    return {"speed": windows, "prompt": _PROMPT, "generate": _GENERATE}
 
 
 def _run(request: onnx_worker.Request, time_limit: float, on_progress: OnProgress | None) -> dict[str, Any]:
@@ -224,10 +228,10 @@ def _run(request: onnx_worker.Request, time_limit: float, on_progress: OnProgres
     )
 
 
-def _in_modes(
-    asked: onnx_worker.Request, expected: Expected, files: _Exchange, time_limit: float, on_progress: OnProgress | None
+def in_modes(
+    asked: onnx_worker.Request, expected: Expected, files: Exchange, time_limit: float, on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """The part of the report that ONNX Runtime alone gives; speed and memory are of the graph as shipped."""
+    """The part of the report that ONNX Runtime alone gives; speed and memory, if asked, are of the graph as shipped."""
     steps = {"prefill": asked.prefill, "steps": asked.steps}
     report: dict[str, Any] = {
         **dict.fromkeys(("export", "release", "arithmetic")),
@@ -247,15 +251,18 @@ def _in_modes(
         answer = _run(request, time_limit, _labelled(on_progress, mode))
         with np.load(request.results, allow_pickle=False) as results:
             _add_mode(report, mode, answer, results, expected)
+        if "optimizer_difference" in answer:
+            apart = {"logit_difference": _finite(answer["optimizer_difference"])}
+            report["optimizer"] = {**report.get("optimizer", {}), mode: apart}
         if mode == "release":
-            report |= {"speed": answer["speed"], "memory": answer["memory"]}
+            report |= {key: answer[key] for key in ("speed", "memory") if key in answer}
             report["runtime"] = {
                 "name": "onnxruntime",
                 "version": answer["version"],
                 "provider": answer["provider"],
                 "threads": asked.threads,
                 "accuracy_level": answer["accuracy_level"],
-                "load_average": answer["load_average"],
+                "load_average": answer.get("load_average"),
             }
     differences = [report[name]["export"]["logit_difference"] for name in ("cached", "chunked")]
     report["cached"]["logit_difference"] = None if None in differences else max(differences)
@@ -308,7 +315,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tokenizer(tokenizer: Any, found: Any, pieces: Sequence[str]) -> dict[str, Any]:
+def compare_tokenizers(tokenizer: Any, found: Any, pieces: Sequence[str]) -> dict[str, Any]:
+    """tokenizer_equal and tokenizer: whether `found` gives the ids that `tokenizer` gives."""
     ids = [[texts.encode(t, piece) for piece in pieces] for t in (tokenizer, found)]
     report = compare_ids(pieces, *ids)
     return {"tokenizer_equal": report["first_difference"] is None, "tokenizer": report}

@@ -86,7 +86,7 @@ def test_a_plan_reads_headers_only(hub, tmp_path):
 
 REFUSED = {
     "context": ["-c", "999999"],
-    "format": ["-f", "tensorrt"],
+    "format": ["-f", "compressed-tensors"],
     "memory": ["--max-memory", "1M"],
     "device": ["--device", "gpu", "--until", "validate"],
     "recipe": ["--recipe", "nothing-like-it"],

@@ -178,7 +178,7 @@ def test_killed_and_resumed_gives_the_same_bytes(share, uninterrupted, tmp_path)
 def test_the_plan_says_what_is_made_on_request():
     done = run_exporter("plan", "--profile", "16gb", DEMO, "--json")
     assert [a["format"] for a in done.json["artifacts"]] == ["gguf"]
-    assert [a["target"] for a in done.json["on_request"]] == ["cpu", "webgpu", "cuda"]
+    assert [a["target"] for a in done.json["on_request"]] == ["cpu", "webgpu", "cuda", "", "sm120", "sm80"]
     done = run_exporter("plan", "--profile", "16gb", DEMO, "--format", "onnx", "--target", "cpu", "--json")
     assert [(a["format"], a["target"]) for a in done.json["artifacts"]] == [("onnx", "cpu")]
     assert done.json["on_request"] == []

@@ -51,8 +51,8 @@ def test_a_recipe_replaces_that_of_what_is_made_by_default():
     [
         ((), ("cpu",), "is not asked for", "--format onnx --target cpu"),
         (("onnx",), ("cdua",), 'Did you mean "cuda"?', "targets: cpu, cuda, webgpu"),
-        (("gguf",), ("npu",), 'nothing for target "npu"', "targets: cpu, cuda, webgpu"),
-        (("gptq",), (), "makes no gptq; it makes gguf, onnx", "[[artifact]]"),
+        (("gguf",), ("npu",), 'nothing for target "npu"', "targets: cpu, cuda, sm120, sm80, webgpu"),
+        (("gptq",), (), "makes no gptq; it makes gguf, mxfp4, onnx", "[[artifact]]"),
     ],
 )
 def test_what_a_profile_does_not_make_is_said(formats, targets, words, hint):
@@ -66,7 +66,7 @@ def test_a_profile_may_make_nothing_by_default():
     profile = edited(
         'recipe = "mxfp4-q8"\nsplit_size = "45G" ', 'recipe = "mxfp4-q8"\ndefault = false\nsplit_size = "45G" '
     )
-    with pytest.raises(UsageError, match="makes nothing that is not asked for; it makes gguf, onnx"):
+    with pytest.raises(UsageError, match="makes nothing that is not asked for; it makes gguf, mxfp4, onnx"):
         wanted(profile, (), (), None)
     assert folders(profile, ("gguf",)) == ["gguf-mxfp4-q8"]
 
@@ -83,7 +83,8 @@ def test_the_command_that_fills_the_store_can_be_pasted():
 @pytest.mark.parametrize("name", profile_names())
 def test_everything_that_a_profile_makes_fits_its_own_model(name):
     profile = load_profile(name)
-    plan = make_plan("m", RELEASED[profile.model], released_scheme, profile, formats=("gguf", "onnx"))
+    formats = sorted({a.format for a in profile.artifacts})
+    plan = make_plan("m", RELEASED[profile.model], released_scheme, profile, formats=formats)
     assert len(plan.artifacts) == len(profile.artifacts)
     assert misfit(plan) is None
     assert not plan.on_request

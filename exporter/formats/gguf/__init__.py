@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from exporter.errors import ExporterError, Refused
-from exporter.formats.base import ExportJob, FileLayout, Footprint, Format, Located, Part, Prover, Target
+from exporter.formats.base import ExportJob, FileLayout, Footprint, Format, Located, Part, Prover, Target, Verdict
 from exporter.formats.gguf import blocks, file
 from exporter.formats.gguf.blocks import BlockType
 from exporter.formats.gguf.keys import metadata, split_keys
@@ -150,6 +150,10 @@ class Gguf:
 
     def footprint(self, steps: Sequence[Step]) -> Footprint:
         return Footprint(sum(self.target(step).nbytes for step in steps))
+
+    def hardware(self, steps: Sequence[Step]) -> tuple[Verdict, ...]:
+        """None: it is the same everywhere."""
+        return ()
 
     def pack(self, step: Step, q: QTensor) -> list[U8]:
         return [self._type_of(step).pack(q)]

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exporter.errors import ExporterError, UsageError, did_you_mean
-from exporter.formats.base import ExportJob, FileLayout, Fixed, Footprint, Format, Located, Part, Prover, Target
+from exporter.formats.base import ExportJob, FileLayout, Footprint, Format, Located, Prover, Target, Verdict
 from exporter.formats.groups import groups
 from exporter.formats.onnx import arrays
-from exporter.formats.onnx.arrays import ITEM_BYTES, Initializer
+from exporter.formats.onnx.arrays import Initializer
 from exporter.formats.onnx.configs import small_files
+from exporter.formats.onnx.data import ArraysOf, DataFile, Tables, data_files, file_layout, locate, places
 from exporter.formats.onnx.devices import DEVICES, Device
-from exporter.formats.onnx.external import read_initializers
-from exporter.formats.onnx.graph import Blueprint, Place, build
+from exporter.formats.onnx.graph import Blueprint, build
 from exporter.model import ModelConfig
 from exporter.model.rope import rotation_table
 from exporter.types import QTensor, Scheme, TensorSpec
@@ -31,8 +30,7 @@ from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
 _AGAIN = "exporter quantize ... --overwrite makes it again"
-_PAGE = 4096  # ONNX Runtime maps a tensor only where it starts on a page
-_TABLES = {"cos_cache": np.cos, "sin_cache": np.sin}
+_WAVES = {"cos_cache": np.cos, "sin_cache": np.sin}
 
 # Sound artifacts of the demo checkpoint stay a hundredth (difference) to a half (divergence) below these, as
 # damaged ones do not: tests/oracle/test_onnx_runtime.py. With float16 activations more is lost on the way.
@@ -52,16 +50,6 @@ _FLOAT16_GATES: dict[str, float | bool] = {
     "cached_difference": 0.25,
     "genai_difference": 1e-3,
 }
-
-
-@dataclass(frozen=True)
-class _DataFile:
-    """A file of weights: which steps are in it, where its initializers start, and its size."""
-
-    name: str
-    steps: tuple[Step, ...]
-    offsets: dict[Initializer, int]
-    size: int
 
 
 class Onnx:
@@ -146,6 +134,10 @@ class Onnx:
                 weights += self.target(step).nbytes
         return Footprint(weights, 4 if wide else 2, self.device.windowed)
 
+    def hardware(self, steps: Sequence[Step]) -> tuple[Verdict, ...]:
+        """None: it is the same everywhere."""
+        return ()
+
     def pack(self, step: Step, q: QTensor) -> list[U8]:
         return arrays.pack(step, q, self.device)
 
@@ -159,13 +151,16 @@ class Onnx:
     # Files
 
     def layout(self, job: ExportJob) -> list[FileLayout]:
-        stem, data = self._names(job)
-        files = self._data_files(job, data)
+        stem, first = self._names(job)
+        found = groups(job.steps, job.split_size, lambda step: self.target(step).nbytes)
+        names = [first if i == 0 else f"{first}_{i}" for i in range(len(found))]
+        of, tables = self._arrays_of(job.steps), self._tables(job.config)
+        files = data_files(found, names, of, tables)
         graphs = [(f"{stem}.onnx", False)]
         if self.device.windowed:
             graphs.append((f"{stem}_genai.onnx", True))
         layouts = [self._graph(job, name, windowed, files) for name, windowed in graphs]
-        layouts += [self._data(job, f) for f in files]
+        layouts += [file_layout(f, of, tables) for f in files]
         small = small_files(job, self.device, graphs[-1][0], self._js(stem, len(files)))
         return layouts + [FileLayout(name, raw, len(raw)) for name, raw in small.items()]
 
@@ -191,49 +186,21 @@ class Onnx:
             "use_external_data_format": {f"{stem.rpartition('/')[2]}.onnx": files},
         }
 
-    def _data_files(self, job: ExportJob, first: str) -> list[_DataFile]:
-        found = groups(job.steps, job.split_size, lambda step: self.target(step).nbytes)
-        rows, files = arrays.head_rows(job.steps), []
-        for i, steps in enumerate(found):
-            offsets: dict[Initializer, int] = {}
-            at = 0
-            held = [a.initializer for step in steps for a in arrays.arrays(step, self.device, rows)]
-            for initializer in (*(self._tables(job) if i == 0 else ()), *held):
-                if initializer not in offsets:
-                    offsets[initializer] = at
-                    at += -(-initializer.nbytes // _PAGE) * _PAGE
-            files.append(_DataFile(first if i == 0 else f"{first}_{i}", tuple(steps), offsets, at))
-        return files
+    def _arrays_of(self, steps: Sequence[Step]) -> ArraysOf:
+        rows = arrays.head_rows(steps)
+        return lambda step: arrays.arrays(step, self.device, rows)
 
-    def _tables(self, job: ExportJob) -> tuple[Initializer, ...]:
-        shape = (job.config.max_position_embeddings, job.config.head_dim // 2)
-        return tuple(Initializer(name, "float" if self.device.io == "f32" else "float16", shape) for name in _TABLES)
+    def _tables(self, config: ModelConfig) -> Tables:
+        shape = (config.max_position_embeddings, config.head_dim // 2)
+        dtype = "float" if self.device.io == "f32" else "float16"
+        return {Initializer(n, dtype, shape): functools.partial(_table, config, n, dtype) for n in _WAVES}
 
-    def _data(self, job: ExportJob, file: _DataFile) -> FileLayout:
-        rows, starts = arrays.head_rows(job.steps), file.offsets
-        parts = {
-            step.name: tuple(
-                replace(a.part, offset=starts[a.initializer] + a.part.offset)
-                for a in arrays.arrays(step, self.device, rows)
-            )
-            for step in file.steps
-        }
-        fixed, ends = [], [*list(starts.values())[1:], file.size]
-        for (initializer, at), end in zip(starts.items(), ends, strict=True):
-            gap = at + initializer.nbytes
-            if initializer.name in _TABLES:
-                fixed.append(Fixed(at, initializer.nbytes, functools.partial(_table, job.config, initializer)))
-            if gap < end:
-                fixed.append(Fixed(gap, end - gap, functools.partial(_zeros, end - gap)))
-        return FileLayout(file.name, b"", file.size, parts, tuple(fixed))
-
-    def _graph(self, job: ExportJob, name: str, windowed: bool, files: Sequence[_DataFile]) -> FileLayout:
-        places = {i: Place(f.name.rpartition("/")[2], at) for f in files for i, at in f.offsets.items()}
+    def _graph(self, job: ExportJob, name: str, windowed: bool, files: Sequence[DataFile]) -> FileLayout:
         blueprint = Blueprint(
             config=job.config,
             device=self.device,
             schemes={step.name: step.scheme for step in job.steps},
-            places=places,
+            places=places(files),
             windowed=windowed,
             metadata={} if windowed else job.provenance.entries(),
             version=job.provenance.exporter_version,
@@ -251,41 +218,12 @@ class Onnx:
         return graphs
 
     def locate(self, folder: Path, steps: Sequence[Step]) -> dict[str, Located]:
-        graph, *others = self._graphs(folder)
-        found = read_initializers(graph, folder)
-        located, unknown, rows = {}, set(found) - set(_TABLES), arrays.head_rows(steps)
-        for step in steps:
-            parts: list[Part] = []
-            for array in arrays.arrays(step, self.device, rows):
-                wanted, entry = array.initializer, found.get(array.initializer.name)
-                if entry is None:
-                    raise ExporterError(f"{graph.name}: {wanted.name} is missing", hint=_AGAIN)
-                if (entry.dtype, entry.shape) != (wanted.dtype, wanted.shape):
-                    raise ExporterError(
-                        f"{graph.name}: {wanted.name} is {entry.dtype} {list(entry.shape)}; "
-                        f"expected {wanted.dtype} {list(wanted.shape)}",
-                        hint=_AGAIN,
-                    )
-                parts.append(replace(array.part, offset=entry.offset + array.part.offset))
-                unknown.discard(wanted.name)
-                path = entry.path
-            located[step.name] = Located(path, tuple(parts))
-        if unknown:
-            raise ExporterError(f"{graph.name}: unknown tensor {min(unknown)}", hint=_AGAIN)
-        for other in others:
-            if read_initializers(other, folder) != found:
-                raise ExporterError(f"{other.name}: its weights are not those of {graph.name}", hint=_AGAIN)
-        return located
+        return locate(self._graphs(folder), folder, steps, self._arrays_of(steps), set(_WAVES))
 
 
-def _table(config: ModelConfig, initializer: Initializer) -> U8:
-    wave = _TABLES[initializer.name]
-    table = rotation_table(wave, config.rope, config.head_dim, config.max_position_embeddings)
-    return table.astype(np.float32 if ITEM_BYTES[initializer.dtype] == 4 else np.float16).reshape(-1).view(np.uint8)
-
-
-def _zeros(nbytes: int) -> U8:
-    return np.zeros(nbytes, np.uint8)
+def _table(config: ModelConfig, name: str, dtype: str) -> U8:
+    table = rotation_table(_WAVES[name], config.rope, config.head_dim, config.max_position_embeddings)
+    return table.astype(np.float32 if dtype == "float" else np.float16).reshape(-1).view(np.uint8)
 
 
 def _computed_together(step: Step) -> str:

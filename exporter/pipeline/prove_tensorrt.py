@@ -1,0 +1,79 @@
+"""Prove a TensorRT folder: whole where this machine can compute it, else its first layers beside our own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from exporter.model import ModelConfig, parameter_count
+from exporter.model.reference import ReferenceLogits
+from exporter.pipeline.prove_onnx import expected_of
+from exporter.pipeline.reference import Reference
+from exporter.validate.child import OnProgress
+from exporter.validate.tensorrt_prove import Limits, prove_tensorrt
+
+# ONNX Runtime's CPU decodes every expert anew for each token: above this many parameters it is seconds for one.
+_WHOLE = 2 * 10**9
+_STEPS = 4  # tokens that such a model decodes one by one
+_SECONDS = 1800.0  # for one engine
+_SHARE = 0.8  # of the memory that is free
+
+
+def engine_limits() -> Limits:
+    """What building one engine may take here."""
+    return Limits(_SECONDS, int(_SHARE * psutil.virtual_memory().available))
+
+
+def depth(config: ModelConfig) -> int:
+    """Layers that are computed: all, or as many as it takes to have one of each kind."""
+    if parameter_count(config) <= _WHOLE:
+        return config.num_hidden_layers
+    return max(config.layer_types.index(kind) for kind in set(config.layer_types)) + 1
+
+
+def in_tensorrt(
+    folder: Path,
+    reference: Reference,
+    own: Callable[[Reference], ReferenceLogits],
+    figures: Callable[[], Mapping[str, Any]],
+    threads: int,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """The report on a folder; see `prove_tensorrt`. `own(reference)`: what our forward predicts with its weights.
+
+    Of a model that is not computed whole "export" and "release" are `figures()`: our own forward's, of all layers.
+    """
+    config = reference.config
+    layers = depth(config)
+    whole = layers == config.num_hidden_layers
+    compared = reference if whole else reference.shallow(layers)
+    expected = expected_of(compared, own(compared), long=whole)
+    if not whole:
+        tokens = expected.release.tokens.shape[1]
+        release, arithmetic = expected.release.first(1), expected.arithmetic.first(1)
+        expected = replace(expected, release=release, arithmetic=arithmetic, routes=expected.routes[:, :tokens])
+    report = prove_tensorrt(
+        folder,
+        expected,
+        layers=layers,
+        steps=0 if whole else _STEPS,
+        of_layers=config.num_hidden_layers,
+        text=reference.sample,
+        tokenizer_file=reference.tokenizer_file,
+        threads=threads,
+        limits=engine_limits(),
+        scratch=reference.scratch,
+        on_progress=on_progress,
+    )
+    if not whole:
+        report |= figures()
+        report["not_run"]["long"] = "no long text: each token of a model this large takes seconds in ONNX Runtime"
+        report["not_run"]["depth"] = (
+            f"graphs and engines of {layers} of {config.num_hidden_layers} layers; "
+            "KL and top-1 are of our own forward on the weights in the files"
+        )
+    return report
