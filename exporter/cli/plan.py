@@ -244,7 +244,7 @@ def _show(artifact: Any) -> None:
     if verdicts := artifact.format.hardware(artifact.steps):
         size = format_size(artifact.fit.weights)
         devices = [
-            (v.device, v.examples, "" if v.refusal else v.form, v.refusal or f"builds, {size}") for v in verdicts
+            (v.device, v.examples, "" if v.refusal else v.form, v.refusal or f"made for it, {size}") for v in verdicts
         ]
         print_table(("device", "for example", "experts as", "engine"), devices)
 
@@ -259,6 +259,7 @@ def fit_rows(fit: Any, largest: int) -> list[tuple[str, str]]:
         ("masks and activations", format_size(fit.scratch)),
         ("runtime", format_size(fit.runtime)),
         ("total", format_size(fit.total)),
+        *((f"total with the {way} engine", format_size(n)) for way, n in fit.ways.items() if n != fit.total),
         ("usable on the device", format_size(fit.usable)),
         ("fits", "yes" if fit.fits else "no"),
         ("largest context that fits", f"{largest:,}" if largest else "none"),

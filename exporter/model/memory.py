@@ -5,14 +5,15 @@ Only full-attention layers grow with the context: 20b needs 24,576 bytes a token
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from exporter.model.config import FULL, ModelConfig
 from exporter.types.profile import Hardware
 
-# What a runtime takes beside weights and cache at a context: bytes of (logits, all else).
-Buffers = Callable[[ModelConfig, int], tuple[int, int]]
+# What a runtime takes beside weights and cache at a context: bytes of (logits, all else), by the ways to run it. One
+# of them is enough.
+Buffers = Callable[[ModelConfig, int], Mapping[str, tuple[int, int]]]
 
 KV_ITEM = 2  # bytes of one number of the KV cache: f16, the default of llama.cpp and of GPUs in ONNX Runtime
 
@@ -41,7 +42,10 @@ def _round_up(cells: int) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes on the device, line by line, against what the profile's hardware has to give."""
+    """Bytes on the device, line by line, against what the profile's hardware has to give.
+
+    `ways`: totals by the ways to run it, where there are several; the lines are of the one that takes least.
+    """
 
     context: int
     weights: int
@@ -51,6 +55,7 @@ class Fit:
     scratch: int
     runtime: int
     usable: int
+    ways: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -83,8 +88,10 @@ def fit(
     cells = _round_up(context) + _round_up(c.sliding_window + hardware.ubatch)
     activations = (c.num_experts_per_tok * c.intermediate_size + c.hidden_size) * 4
     logits, scratch = hardware.ubatch * c.vocab_size * 4, hardware.ubatch * (cells * 2 + activations)
-    if buffers is not None:
-        logits, scratch = buffers(c, context)
+    every = buffers(c, context) if buffers is not None else {}
+    if every:
+        logits, scratch = min(every.values(), key=sum)
+    held = weights + kv_full + kv_sliding + hardware.runtime
     return Fit(
         context=context,
         weights=weights,
@@ -94,6 +101,7 @@ def fit(
         scratch=scratch,
         runtime=hardware.runtime,
         usable=hardware.usable,
+        ways={way: held + sum(each) for way, each in every.items()},
     )
 
 

@@ -76,7 +76,10 @@ def _judge(path: Path, graph: Path, sms: Sequence[int]) -> dict[str, Any]:
     except MissingExtra:
         raise
     except ExporterError as error:
-        error.hint = "the tool that wrote it has to write it again" if error.hint == AGAIN else error.hint
+        if error.hint == AGAIN:
+            linked = "link" in error.message  # as in the Hub's cache
+            again = "the tool that wrote it has to write it again"
+            error.hint = "copy the folder with its files, not their links (cp -RL)" if linked else again
         raise
     findings = [
         {**asdict(each), "sms": sorted(set(each.sms) & set(sms))}

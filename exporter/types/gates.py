@@ -57,7 +57,9 @@ GATES: dict[str, GateKind] = {
         "engines.expansion", "max", "share of quantized weights that an engine has in more bits than the file"
     ),
     "engines_fused": GateKind("engines.fused", "equal", "attention of every layer is one fused kernel in each engine"),
-    "gpu_kl_mean": GateKind("gpu.kl_mean", "max", "mean KL of the engines as the GPU runs them, nats"),
+    "gpu_kl_mean": GateKind(
+        "gpu.kl_mean", "max", "mean KL of the engines on the GPU against our forward on the same weights"
+    ),
     "ppl_ratio": GateKind("release.ppl_ratio", "max", "perplexity of the artifact over that of the reference"),
 }
 

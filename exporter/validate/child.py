@@ -108,10 +108,11 @@ def _wait(process: subprocess.Popen[bytes], time_limit: float, memory_limit: int
 
 
 def _resident(pid: int) -> int:
-    """Resident bytes of a process, file pages among them; 0 when it has just ended."""
+    """Resident bytes of a process without the pages of files, which the system can drop; 0 when it has just ended."""
     if sys.platform == "linux":
         try:
-            return _status(pid).get("VmRSS", 0)
+            found = _status(pid)
+            return found.get("RssAnon", 0) + found.get("RssShmem", 0)
         except OSError:
             return 0
     import psutil

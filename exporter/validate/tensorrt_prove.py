@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from exporter.errors import ExporterError, MissingExtra
+from exporter.model.layer import import_torch
+from exporter.model.reference import ReferenceLogits
 from exporter.validate import onnx_twin, onnx_worker, tensorrt, tensorrt_gpu_worker
 from exporter.validate import text as texts
 from exporter.validate.child import OnProgress, run_worker
@@ -86,6 +88,7 @@ def prove_tensorrt(
         report |= {"rules": rules, "depth": {"layers": layers, "of": of_layers}}
         try:
             report["engines"] = build_engines(folder, cut, limits, scratch, on_progress)
+            asked = replace(asked, arithmetic=str(files.arithmetic))
             report["gpu"] = run_engines(folder, cut, asked, files.folder, limits, on_progress)
         except MissingExtra as missing:
             report["not_run"]["engines"] = f"no engine was built: {missing.message} ({missing.hint})"
@@ -144,7 +147,7 @@ def build_engines(
 
     "built": whether all were; "expansion": the largest share of quantized weights that one of them holds in more bits
     than the file; "fused": whether each computes the attention of every layer in a fused kernel; "builds": each with
-    what `tensorrt.build` gives; "version"; "layers" that were built, "words" of the vocabulary where not all.
+    what `tensorrt.build` gives; "version"; "layers" that were built, and the "vocabulary" where it was cut.
     `cut`: only the first layers, 0 for all.
     Raises as `tensorrt.version` does.
     """
@@ -163,7 +166,7 @@ def build_engines(
     return {
         "version": version,
         "layers": layers,
-        "words": WORDS if cut else None,
+        "vocabulary": WORDS if cut else None,
         "built": built,
         "expansion": max(b["expansion"] for b in builds) if built else None,
         "fused": built and all(b["fused"] for b in builds),
@@ -176,10 +179,11 @@ def build_engines(
 def run_engines(
     folder: Path, cut: int, asked: onnx_worker.Request, made: Path, limits: Limits, on_progress: OnProgress | None
 ) -> dict[str, Any]:
-    """What engines for the GPU of this machine compute on it: figures of the windows, "cached" ones, and the speed.
+    """What engines for the GPU of this machine compute on it, against our own forward on the same weights.
 
-    "error" in their place where engines for it do not build or run. `asked`: what ONNX Runtime was asked to compare.
-    Raises _NotRun where there is no GPU that the engines are for.
+    Figures of the windows; "cached" ones; "layers" of them; "decode_buffer_bytes" and "prefill_buffer_bytes" beside
+    weights and cache. "error" in their place where engines for it do not build or run. `asked`: what ONNX Runtime was
+    asked to compare. Raises _NotRun where there is no GPU that the engines are for, or no way to feed it.
     """
     found = tensorrt.gpu()
     if found is None:
@@ -187,6 +191,9 @@ def run_engines(
     (name, sm), (sms, shapes) = found, read_profiles(folder)
     if sm not in sms:
         raise _NotRun(f"the engines are for SM{', SM'.join(map(str, sms))}, and {name} is SM{sm}")
+    if not import_torch().cuda.is_available():
+        raise _NotRun("torch here has no CUDA, through which engines are fed")
+    of: dict[str, Any] = {"name": name, "sm": sm}
     engines = {}
     for graph, path, layers in _graphs(folder, cut, made, words=0):
         engines[graph] = made / f"{graph}.engine"
@@ -195,15 +202,20 @@ def run_engines(
             path, inputs, sm, time_limit=limits.seconds, memory_limit=limits.memory, keep=engines[graph]
         )
         if not build["built"]:
-            return {"name": name, "sm": sm, "error": f"{graph}: {build['error']}"}
+            return {**of, "error": f"{graph}: {build['error']}"}
+    room = shapes["decode"]["past_key_values.0.key"][2][2] + 1
+    length = min(room, ReferenceLogits.load(Path(asked.arithmetic)).tokens.shape[1])
+    first = max(1, min(asked.prefill, length - asked.steps))
     request = tensorrt_gpu_worker.Request(
         prefill=str(engines["prefill"]),
         decode=str(engines["decode"]),
-        windows=asked.windows,
+        expected=asked.arithmetic,
         results=str(made / "gpu.npz"),
-        piece=shapes["prefill"]["input_ids"][2][1],
-        first=asked.prefill,
-        steps=asked.steps,
+        sm=sm,
+        chunk=shapes["prefill"]["input_ids"][2][1],
+        length=length,
+        first=first,
+        steps=min(asked.steps, length - first),
     )
     try:
         answer = run_worker(
@@ -212,13 +224,14 @@ def run_engines(
             limits.seconds,
             runtime="TensorRT-RTX",
             subject=f"the engines on {name}",
+            environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},  # nvidia-smi's
             on_progress=on_progress,
         )
     except ExporterError as error:
-        return {"name": name, "sm": sm, "error": error.message}
+        return {**of, "error": error.message}
     with np.load(request.results, allow_pickle=False) as results:
         windows, cached = (Positions.of(results, each) for each in ("windows", "cached"))
-    return {"name": name, "sm": sm, **summary(windows), "cached": few(cached), **answer}
+    return {**of, "layers": layers, **summary(windows), "cached": few(cached), **answer}
 
 
 class _NotRun(Exception):

@@ -74,7 +74,13 @@ def test_doctor_of_a_sound_checkpoint():
 
 
 def test_lists():
-    assert {p["name"] for p in run_exporter("profiles", "--json").json["profiles"]} == {"16gb", "24gb", "80gb", "cpu"}
+    assert {p["name"] for p in run_exporter("profiles", "--json").json["profiles"]} == {
+        "16gb",
+        "24gb",
+        "48gb",
+        "80gb",
+        "cpu",
+    }
     assert run_exporter("formats", "--json").json["gguf"]["schemes"]["mxfp4"] == "MXFP4"
     printed = run_exporter("profiles", "16gb")
     assert printed.out.startswith('title = "16 GB GPU"')

@@ -162,6 +162,14 @@ def test_engines_are_built_for_every_gpu_of_the_target(proved):
     assert engines["peak_rss_bytes"] > 100e6
 
 
+def test_an_engine_holds_the_bytes_that_were_planned(proved):
+    _, report, _ = proved
+    tables = 131072 * 64 * 4  # cosines and sines
+    planned = report["predicted_memory"]["weights"] + tables
+    for build in report["engines"]["builds"]:
+        assert sum(build["constants"].values()) == pytest.approx(planned, rel=0.01)
+
+
 def test_what_did_not_run_is_said(proved):
     _, report, _ = proved
     assert report["not_run"] == {"gpu": "no engine was executed: there is no NVIDIA GPU here"}

@@ -340,7 +340,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "first layer full": input_of("/model/layers.0/attn/Attention", 3, "/model/mask/full/Concat/output"),
     "sinks lost": constant("sink_key", np.zeros_like),
     "sinks of another layer": input_of("/model/layers.1/attn/sinks/Mul", 0, "model.layers.3.self_attn.sinks"),
-    "sinks scaled once more": constant("float_8", lambda root: root / np.float32(8)),
+    "sinks scaled once more": constant("float_8.0", lambda root: root / np.float32(8)),
     "sines one position off": moved("sin_cache", 1),
     "queries rotated one ahead": queries_ahead,
     "gate and up swapped": outputs_swapped("/model/layers.1/moe/Split"),
@@ -350,7 +350,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     ),
     "shares of all experts": without_sharing_among_the_chosen,
     "steepness 1": constant("float_1.702", np.ones_like),
-    "no clamp": constant("float_7", lambda limit: limit * 100),
+    "no clamp": constant("float_7.0", lambda limit: limit * 100),
     "up without its one": constant("float_1", np.zeros_like),
 }
 

@@ -100,7 +100,7 @@ def test_a_tensor_packs_the_same_in_pieces(fmt, name):
         ("onnx", "mxfp4", (2, 8, 64), "only CUDA"),
         ("onnx", "mxfp4", (8, 64), "only by FP4 experts"),
         ("tensorrt", "int4-g32-asym", (8, 64), "zero points"),
-        ("tensorrt", "mxfp4", (2, 8, 64), "FP4 begins with SM120; recipes exact-* hold the same numbers as INT8"),
+        ("tensorrt", "mxfp4", (2, 8, 64), "FP4 begins with SM120; recipe exact-bf16 holds the same numbers as INT8"),
         ("tensorrt", "mxfp4", (8, 64), "FP4 begins with SM120; int8-g32 is near"),
         ("tensorrt", "int4-g48", (2, 8, 64), "which 48 does not divide"),
     ],

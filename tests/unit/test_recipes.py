@@ -217,7 +217,7 @@ def test_wrong_profiles_say_where_and_what(case):
 
 
 def test_everything_shipped_loads():
-    assert profile_names() == ["16gb", "24gb", "80gb", "cpu"]
+    assert profile_names() == ["16gb", "24gb", "48gb", "80gb", "cpu"]
     for name in profile_names():
         for artifact in load_profile(name).artifacts:
             assert artifact.recipe in recipe_names()

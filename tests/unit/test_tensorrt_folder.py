@@ -8,7 +8,12 @@ import onnx
 import pytest
 
 from exporter.errors import ExporterError
+from exporter.formats.tensorrt import shapes as profiles
+from exporter.formats.tensorrt.targets import GPUS
+from exporter.model.memory import fit
+from exporter.pipeline.profiles import load_profile
 from exporter.types import TensorSpec
+from exporter.validate.tensorrt_graph import SMS
 from tests.unit.test_onnx_graph import EXPERT, LINEAR, graph_of, job
 from tests.unit.test_tensorrt_graph import FLOAT16, MADE, NORM, file_of, fmt, step
 
@@ -26,23 +31,29 @@ def test_profiles_name_every_input():
         shapes = body["graphs"][graph]
         assert sorted(shapes) == sorted(inputs)
         assert shapes["input_ids"] == {"min": [1, 1], "opt": [1, piece], "max": [1, piece]}
-        assert shapes["attention_mask"]["max"] == [1, 4096]
+        assert shapes["attention_mask"]["max"] == [1, 4095 + piece]
         for name in inputs[3:]:
-            assert [shapes[name][kind][2] for kind in ("min", "opt", "max")] == [0, 1024, 4096 - piece]
+            assert [shapes[name][kind][2] for kind in ("min", "opt", "max")] == [0, 1024, 4095]
         for each in shapes.values():
             assert all(a <= b <= c for a, b, c in zip(*(each[k] for k in ("min", "opt", "max")), strict=True))
 
 
-@pytest.mark.parametrize("context", [1, 100, 256, 257, 1200])
-def test_short_contexts_have_profiles_too(context):
+@pytest.mark.parametrize("context", [1, 100, 256, 257, 1200, 16384, 16385])
+def test_every_call_within_the_context_is_inside_the_shapes(context):
     layouts = fmt("sm80").layout(job("exact-bf16", context=context))
     for shapes in json.loads(file_of(layouts, "profiles.json").head)["graphs"].values():
         new, seen = shapes["input_ids"], shapes["attention_mask"]
         past = shapes["past_key_values.3.value"]
         for kind in ("opt", "max"):
             assert new[kind][1] >= 1
-            assert new[kind][1] + past[kind][2] == seen[kind][1] <= context
-        assert seen["max"][1] == context
+            assert new[kind][1] + past[kind][2] == seen[kind][1]
+        assert past["max"][2] == context - 1  # and one token more
+
+
+def test_long_contexts_decode_two_tokens_at_once_as_well():
+    """TensorRT has a kernel for one alone up to some 20,000 keys: tests/oracle/test_tensorrt_shapes.py."""
+    config = job().config
+    assert [profiles.shapes("decode", config, n)["input_ids"][2] for n in (16384, 16385)] == [[1, 1], [1, 2]]
 
 
 def test_without_a_context_it_is_the_models():
@@ -163,10 +174,10 @@ def test_graphs_that_are_not_ours_are_named(tmp_path, change, graph, reason):
     [
         (EXPERT, "int4-g32", 4 + 16 / 32),
         (EXPERT, "int8-g32", 8 + 16 / 32),  # decoded while its layer is computed
-        (EXPERT, "mxfp4", 4 + 8 / 32),
+        (EXPERT, "mxfp4", 4 + 16 / 32),  # scales become float16
         (LINEAR, "int4-g64", 4 + 16 / 64),
         (LINEAR, "int8-g32", 8 + 16 / 32 + 16),  # and decoded ahead of all computing
-        (LINEAR, "mxfp4", 4 + 8 / 32 + 16),
+        (LINEAR, "mxfp4", 4 + 16 / 32 + 16),
         (EMBEDDING, "int8-g32", 8 + 16 / 32),
         (LINEAR, "bf16", 16),
         (EXPERT, "f32", 16),
@@ -184,7 +195,20 @@ def test_experts_that_are_decoded_first_take_a_layer_of_buffers():
         fmt("sm120").footprint([step(EXPERT, scheme)]).buffers(config, 256) for scheme in ("int4-g32", "mxfp4")
     )
     layer = 1024 * 3 * config.hidden_size * config.intermediate_size * 2
-    assert sum(decoded) - sum(packed) == layer
+    assert sum(decoded["prefill"]) - sum(packed["prefill"]) == layer
+    assert decoded["decode"] == packed["decode"]
+
+
+def test_the_engine_that_takes_least_decides_whether_it_fits():
+    hardware = load_profile("16gb").hardware
+    taken = fmt("sm120").footprint([step(EXPERT, "mxfp4")])
+    found = fit(job().config, taken.weights, hardware, 4096, windowed=False, buffers=taken.buffers)
+    assert list(found.ways) == ["decode", "prefill"]
+    assert found.total == found.ways["decode"] < found.ways["prefill"]
+
+
+def test_gpus_are_those_that_the_rules_know():
+    assert tuple(GPUS) == SMS
 
 
 def test_hardware_says_where_engines_build():

@@ -46,8 +46,8 @@ def file_of(layouts, name):
     [
         ("sm75", "bf16", LINEAR, "bfloat16 begins with SM80; float16 (recipe exact-f16), or --target sm80"),
         ("sm75", "int4-g32", EXPERT, "INT4 begins with SM80; 8-bit integers, or --target sm80"),
-        ("sm75", "mxfp4", EXPERT, "recipes exact-* hold the same numbers as INT8 for sm75, or --target sm120"),
-        ("sm80", "mxfp4", EXPERT, "recipes exact-* hold the same numbers as INT8 for sm80, or --target sm120"),
+        ("sm75", "mxfp4", EXPERT, "recipe exact-f16 holds the same numbers as INT8 for sm75, or --target sm120"),
+        ("sm80", "mxfp4", EXPERT, "recipe exact-bf16 holds the same numbers as INT8 for sm80, or --target sm120"),
         ("sm80", "mxfp4", LINEAR, "FP4 begins with SM120; int8-g32 is near for sm80"),
         ("sm120", "int8-g32-asym", LINEAR, "int8-g32-asym has zero points, which TensorRT does not take"),
         ("sm120", "int4-g128", LINEAR, "last axis is 192, which 128 does not divide"),

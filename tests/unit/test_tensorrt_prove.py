@@ -36,7 +36,7 @@ def test_profiles_are_read_as_they_were_written(tmp_path):
     written(tmp_path, "sm120", "mxfp4-q8", context=2048)
     sms, shapes = read_profiles(tmp_path)
     assert sms == [120, 121]
-    assert shapes["prefill"]["past_key_values.3.value"] == ([1, 2, 0, 64], [1, 2, 1024, 64], [1, 2, 1792, 64])
+    assert shapes["prefill"]["past_key_values.3.value"] == ([1, 2, 0, 64], [1, 2, 1024, 64], [1, 2, 2047, 64])
     assert len(shapes["decode"]) == 3 + 2 * 4
 
 
@@ -144,6 +144,7 @@ def nvidia_smi(folder, said):
     [
         ("", "there is no NVIDIA GPU here"),
         ("NVIDIA L4, 8.9", r"the engines are for SM120, SM121, and NVIDIA L4 is SM89"),
+        ("NVIDIA GeForce RTX 5090, 12.0", "torch here has no CUDA"),
         ("NVIDIA H100 80GB HBM3, 9.0", r"the engines are for SM120, SM121, and NVIDIA H100 80GB HBM3 is SM90"),
     ],
 )
@@ -159,6 +160,7 @@ def test_engines_run_on_a_gpu_that_they_are_for(said, reason, tmp_path, monkeypa
 def test_engines_that_fail_on_their_own_gpu_fail_a_gate(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     nvidia_smi(tmp_path, "NVIDIA GeForce RTX 5090, 12.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     written(tmp_path, "sm120", "mxfp4-q8")
     found = tensorrt_prove.run_engines(tmp_path, 0, None, tmp_path, Limits(60, 1), None)
     assert "memory" in found["error"]

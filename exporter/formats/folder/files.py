@@ -162,11 +162,13 @@ class SafetensorsFolder(ABC):
                         f"{folder.name}: tensor {s.name} {what}; expected {s.dtype} {list(s.shape)}", hint=_AGAIN
                     )
                 unknown.discard(s.name)
+        here: dict[Path, dict[str, int]] = {}
+        for name, entry in found.items():
+            here.setdefault(entry.path, {})[name] = entry.offset
         for step in steps:
             path = found[self.stored(step)[0].name].path
-            here = {name: entry.offset for name, entry in found.items() if entry.path == path}
             try:
-                located[step.name] = Located(path, self._parts(step, here))
+                located[step.name] = Located(path, self._parts(step, here[path]))
             except (KeyError, ValueError):
                 raise ExporterError(f"{folder.name}: {step.name} does not lie as it was written", hint=_AGAIN) from None
         if unknown:

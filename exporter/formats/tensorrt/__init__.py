@@ -33,8 +33,8 @@ from exporter.types.recipe import Step
 _WAVES = {"cos_cache": np.cos, "sin_cache": np.sin}
 _DATA = "weights.data"
 
-# Differences of logits are of float32 activations but where they are called shipped; KL is of the graph as shipped, in
-# float16.
+# Of float32 activations: arithmetic, and differences of logits unless they are called shipped. All else of the graphs
+# as shipped, in float16.
 _GATES: dict[str, float | bool] = {
     "arithmetic_kl_mean": 1e-6,
     "cached_difference": 0.01,
@@ -113,8 +113,8 @@ class TensorRT:
     def footprint(self, steps: Sequence[Step]) -> Footprint:
         """One engine, as TensorRT-RTX 1.7 holds it: floats become float16, but for what computes in float32.
 
-        Matrices that are neither float nor INT4 it decodes ahead of all computing, and keeps beside their codes;
-        experts while their layer is computed.
+        Matrices that are neither float nor INT4 it dequantizes ahead of all computing, and keeps beside their codes;
+        experts while their layer is computed. Scales of MXFP4, a byte in the file, become float16.
         """
         weights = 0
         for step in steps:
@@ -124,7 +124,8 @@ class TensorRT:
                 weights += decoded
             else:
                 ahead = step.spec.role in ("linear", "head") and not fuses(step.scheme)
-                weights += self.target(step).nbytes + (decoded if ahead else 0)
+                wider = step.spec.elements // step.scheme.group if step.scheme.kind == "e2m1" else 0
+                weights += self.target(step).nbytes + wider + (decoded if ahead else 0)
         whole = any(step.spec.role == "expert" and not fuses(step.scheme) for step in steps)
         return Footprint(weights, 2, windowed=False, buffers=functools.partial(buffers, whole=whole))
 

@@ -92,7 +92,12 @@ def _positive(step: Step, q: QTensor) -> npt.NDArray[np.float16]:
     if scales.min(initial=np.float16(1)) > _STANDS_FOR_ZERO:
         return scales
     empty = _empty(step, q.data)
-    if (scales < 0).any() or (~empty & (scales == 0)).any() or (empty & (scales == _STANDS_FOR_ZERO)).any():
+    if (
+        np.signbit(scales).any()
+        or not np.isfinite(scales).all()
+        or (~empty & (scales == 0)).any()
+        or (empty & (scales == _STANDS_FOR_ZERO)).any()
+    ):
         raise Refused(
             f"{step.name} has an INT8 scale that is not positive, which TensorRT does not take",
             hint="a recipe with scale rule absmax or mse has only positive ones",

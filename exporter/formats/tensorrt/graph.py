@@ -29,7 +29,7 @@ from exporter.types import Scheme
 
 OPSET, IR_VERSION = 23, 11  # TensorRT parses them from 10.15 on
 TRT = "trt"  # NVIDIA's own operators; of these only the one that decodes FP4 under e8m0 scales
-_BLOCKED = -65504.0  # the lowest float16: no key with it counts beside the sink
+_LOWEST = -65504.0  # of float16; as a mask, no key with it counts beside the sink
 _WIDER = 8  # numbers that queries and keys get for the sink; heads stay a multiple of eight wide
 
 
@@ -104,7 +104,7 @@ class _Builder(GraphBuilder):
     def number(self, value: float, dtype: Any) -> Any:
         wide = dtype == self.f32
         array = np.array(value, np.float32 if wide else np.float16)
-        return self.constant(f"{'float' if wide else 'half'}_{value:g}", array)
+        return self.constant(f"{'float' if wide else 'half'}_{value!r}", array)
 
     def to_io(self, name: str, value: Any) -> Any:
         return value if self.io == self.f32 else self.cast(f"{name}/Cast", value, self.io)
@@ -191,7 +191,7 @@ class _Builder(GraphBuilder):
     def _mask(self, name: str, seen: Any, real: Any, none: Any) -> Any:
         seen = self.op(f"{name}/Unsqueeze", "Unsqueeze", [seen, self.ints(0, 1)])
         seen = self.op(f"{name}/And", "And", [seen, real])
-        added = self.op(f"{name}/Where", "Where", [seen, self.number(0, self.io), self.number(_BLOCKED, self.io)])
+        added = self.op(f"{name}/Where", "Where", [seen, self.number(0, self.io), self.number(_LOWEST, self.io)])
         return self.op(f"{name}/Concat", "Concat", [added, none], axis=3)
 
     def _layer(self, index: int, x: Any, cache: tuple[Any, Any], shared: _Shared) -> Any:
@@ -317,6 +317,8 @@ class _Builder(GraphBuilder):
 
         x = self.op(f"{name}/Unsqueeze", "Unsqueeze", [self.to_io(f"{name}/h", h), self.ints(0)])  # [1, M, H]
         out = project(self._swiglu(name, project(x, "gate_up_proj")), "down_proj")  # [E, M, H]
+        finite = [self.number(_LOWEST, self.f32), self.number(-_LOWEST, self.f32)]
+        out = self.op(f"{name}/finite", "Clip", [out, *finite])  # an infinity times a share of zero is NaN
         shares = self.op(f"{name}/shares/Transpose", "Transpose", [shares], perm=[1, 0])
         shares = self.op(f"{name}/shares/Unsqueeze", "Unsqueeze", [every(f"{name}/shares", shares), self.ints(2)])
         out = self.op(f"{name}/weighed", "Mul", [out, shares])
@@ -334,12 +336,16 @@ class _Builder(GraphBuilder):
         return self.ops(f"{name}/load/TopK", "TopK", [load, count], outputs, axis=-1)[1]
 
     def _swiglu(self, name: str, both: Any) -> Any:
-        """float32 [..., 2I] -> [..., I]: (min(up) + 1) * gate * sigmoid(alpha * gate), clamped as released."""
+        """float32 [..., 2I] -> [..., I]: (up + 1) * gate * sigmoid(alpha * gate), clamped as released.
+
+        The gate is clamped from below too: minus infinity, a float16 product that overflowed, would become NaN, and in
+        prefill NaN times the share of zero that a token has in most experts.
+        """
         c, f32 = self.config, self.f32
         high, low = self.number(c.swiglu_limit, f32), self.number(-c.swiglu_limit, f32)
         outputs = [f"{name}/gate", f"{name}/up"]
         gate, up = self.ops(f"{name}/Split", "Split", [both], outputs, axis=-1, num_outputs=2)
-        gate = self.op(f"{name}/gate/Min", "Min", [gate, high])
+        gate = self.op(f"{name}/gate/Clip", "Clip", [gate, self.number(_LOWEST, f32), high])
         up = self.op(f"{name}/up/Clip", "Clip", [up, low, high])
         steep = self.op(f"{name}/gate/Mul", "Mul", [gate, self.number(c.swiglu_alpha, f32)])
         gate = self.op(f"{name}/gate/act", "Mul", [gate, self.op(f"{name}/gate/Sigmoid", "Sigmoid", [steep])])

@@ -11,7 +11,7 @@ from exporter.formats.tensorrt.targets import GPUS, Target
 _KINDS = ("minShapes", "optShapes", "maxShapes")
 
 
-def profiles(job: ExportJob, target: Target, context: int) -> dict[str, Shapes]:
+def profiles(job: ExportJob, context: int) -> dict[str, Shapes]:
     """The optimization profile of each graph, by input."""
     return {graph: shapes(graph, job.config, context) for graph in GRAPHS}
 
@@ -20,7 +20,7 @@ def profiles_json(job: ExportJob, target: Target, context: int) -> bytes:
     """profiles.json: {"sms": [...], "graphs": {"decode": {input: {"min", "opt", "max"}}}}."""
     graphs = {
         graph: {name: dict(zip(("min", "opt", "max"), each, strict=True)) for name, each in found.items()}
-        for graph, found in profiles(job, target, context).items()
+        for graph, found in profiles(job, context).items()
     }
     body = {"sms": list(target.sms), "context": context, "graphs": graphs}
     return (json.dumps(body, indent=1) + "\n").encode()
@@ -30,7 +30,6 @@ def command(program: str, graph: str, found: Shapes) -> str:
     """The command line of `trtexec` or `tensorrt_rtx` that makes an engine of one graph."""
     lines = [f"{program} --onnx={graph}.onnx --saveEngine={graph}.engine"]
     for i, kind in enumerate(_KINDS):
-        # A cache of every layer has one shape: the first is enough to see it, but each must be named.
         every = ",".join(f"{name}:{'x'.join(map(str, each[i]))}" for name, each in found.items())
         lines.append(f"  --{kind}={every}")
     return " \\\n".join(lines)
@@ -38,7 +37,7 @@ def command(program: str, graph: str, found: Shapes) -> str:
 
 def readme(job: ExportJob, target: Target, context: int) -> bytes:
     """README.md."""
-    found = profiles(job, target, context)
+    found = profiles(job, context)
     gpus = "\n".join(f"| SM{sm} | {GPUS[sm]} |" for sm in target.sms)
     commands = "\n\n".join(command("tensorrt_rtx", graph, each) for graph, each in found.items())
     turing = _TURING if target.oldest < 80 else ""
@@ -73,15 +72,15 @@ TensorRT-RTX: it needs no GPU to build.
 |---|---|
 {gpus}
 
-`decode.onnx` makes one token at a time and decodes only the experts that were chosen. `prefill.onnx` takes a prompt in
-pieces of up to {piece} tokens and sends them through all experts. Each engine holds all weights: where memory is short,
-load `prefill` alone (it takes single tokens too) or `decode` alone (prompts token by token).
+`decode.onnx` makes one token at a time and dequantizes only the experts that were chosen. `prefill.onnx` takes a prompt
+in chunks of up to {piece} tokens and sends them through all experts. Each engine holds all weights: where memory is
+short, load `prefill` alone (it takes single tokens too) or `decode` alone (prompts token by token).
 
 ## Make the engines
 
 For {context} tokens in all; `profiles.json` has the same shapes for programs. `trtexec` of TensorRT takes the same
 options as `tensorrt_rtx` of TensorRT-RTX. What was proved was built from Python, as `scripts/build_engines.py` of
-exporter does.
+exporter does. Building takes about three times the bytes of the weights in the memory of the machine that does it.
 
 ```
 {commands}
@@ -89,8 +88,8 @@ exporter does.
 {turing}
 ## Inputs and outputs
 
-`input_ids`, `position_ids` int64 [B, S] (positions count from 0 for the first token that is not padding);
-`attention_mask` int64 [B, P + S], 0 for padding; `past_key_values.N.key` and `.value` float16
+`input_ids`, `position_ids` int64 [B, S] (positions count from 0 for the first token that is not padding; in the shapes
+above B = 1); `attention_mask` int64 [B, P + S], 0 for padding; `past_key_values.N.key` and `.value` float16
 [B, kv_heads, P, head_dim], P = 0 at the start. `logits` float32 [B, S, vocabulary]; `present.N.key` and `.value` are
 the next call's past.
 

@@ -1,7 +1,7 @@
 """Optimization profiles: for which shapes engines are made. TensorRT takes memory for the largest of them.
 
 "decode" makes one token of one sequence, "prefill" takes a prompt in pieces. The graphs take any number of sequences
-and tokens; decoding experts takes memory for each.
+and tokens; dequantizing experts takes memory for each.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Shapes = Mapping[str, tuple[list[int], list[int], list[int]]]
 def shapes(graph: str, config: ModelConfig, context: int) -> Shapes:
     """The profile of one graph, for `context` tokens in all."""
     piece = _together(context) if graph == "decode" else min(PIECE, context)
-    past = context - piece
+    past = max(0, context - 1)  # whatever comes last is a call of its own, of as few tokens as are left
     usual = min(_USUAL, past)
     often = 1 if graph == "decode" else piece
     tokens = [1, 1], [1, often], [1, piece]
     found = {
         "input_ids": tokens,
         "position_ids": tokens,
-        "attention_mask": ([1, 1], [1, usual + often], [1, context]),
+        "attention_mask": ([1, 1], [1, usual + often], [1, past + piece]),
     }
     heads, width = config.num_key_value_heads, config.head_dim
     cache = [1, heads, 0, width], [1, heads, usual, width], [1, heads, past, width]
@@ -44,20 +44,22 @@ def _together(context: int) -> int:
     return 1 if context <= _SINGLE else 2
 
 
-def buffers(config: ModelConfig, context: int, whole: bool) -> tuple[int, int]:
-    """Bytes of logits, and of all else beside weights and cache, in the larger of the two profiles.
+def buffers(config: ModelConfig, context: int, whole: bool) -> dict[str, tuple[int, int]]:
+    """Bytes of logits, and of all else beside weights and cache, for each engine.
 
-    `whole`: whether prefill decodes all experts of a layer before it multiplies by them. For layers of 20b, engines of
-    TensorRT-RTX 1.7 list what this says within 4 %, a fifth less in prefill with INT4 (benchmarks/results).
-    What comes out of a graph lies beside what went in, cache and all.
+    `whole`: whether prefill dequantizes all experts of a layer before it multiplies by them. What comes out of a graph
+    lies beside what went in, cache and all. At a context of 8,192 the plans of engines for layers of 20b list what this
+    says, less the outputs, within 4 %, and for prefill with INT4 a fifth to a third less; at 131,072 up to a third
+    less (benchmarks/results). Logits of the whole vocabulary are counted, not measured.
     """
     c, item, piece = config, 2, min(PIECE, context)
     cache = 2 * c.num_key_value_heads * c.head_dim * item * context  # of one layer
-    copies = cache * (c.num_hidden_layers + 1)
-    expert = 3 * c.intermediate_size * c.hidden_size * item  # decoded
+    copies = cache * (c.num_hidden_layers + 1) + c.max_position_embeddings * c.head_dim * 4  # and the rotation's tables
+    expert = 3 * c.intermediate_size * c.hidden_size * item  # dequantized
     through = piece * c.num_local_experts * (3 * c.intermediate_size + c.hidden_size) * item
     prefill = 2 * piece * (context + 1) * item + through + (c.num_local_experts * expert if whole else 0)
-    logits = c.vocab_size * (item + 4)
-    together = _together(context)
-    decode = together * logits, together * c.num_experts_per_tok * expert + copies
-    return max(decode, (piece * logits, prefill + copies), key=sum)
+    logits, together = c.vocab_size * (item + 4), _together(context)
+    return {
+        "decode": (together * logits, together * c.num_experts_per_tok * expert + copies),
+        "prefill": (piece * logits, prefill + copies),
+    }

@@ -1,7 +1,8 @@
 """What TensorRT-RTX compiles for which GPUs: a target is the oldest of those that an artifact is for.
 
 Measured with TensorRT-RTX 1.7.1 by building engines (tests/oracle): Turing has no bfloat16, no INT4 and no float32
-matrix products; FP4 begins with SM120. NVIDIA's names of the cards: https://developer.nvidia.com/cuda-gpus.
+matrix products; FP4 begins with SM120. It compiles for SM80; NVIDIA's support matrix lists RTX cards, not A100.
+NVIDIA's names of the cards: https://developer.nvidia.com/cuda-gpus.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from exporter.formats.onnx.arrays import kept_wide
 from exporter.types import Scheme, TensorSpec
 
 GPUS = {
-    75: "GeForce RTX 20, GTX 16, T4",
+    75: "GeForce RTX 20, Quadro RTX, T4",
     80: "A100, A30",
     86: "GeForce RTX 30, A10, RTX A6000",
     89: "GeForce RTX 40, L4, L40S, RTX 6000 Ada",
@@ -36,7 +37,8 @@ class Target:
     def refuse(self, scheme: Scheme, spec: TensorSpec) -> str | None:
         """Why engines for it cannot hold this tensor as `scheme`, or None."""
         if scheme.kind == "e2m1" and self.oldest < 120:
-            same = "recipes exact-* hold the same numbers as INT8" if spec.role == "expert" else "int8-g32 is near"
+            recipe = "exact-f16" if self.oldest < 80 else "exact-bf16"
+            same = f"recipe {recipe} holds the same numbers as INT8" if spec.role == "expert" else "int8-g32 is near"
             return f"FP4 begins with SM120; {same} for {self.name}, or --target sm120"
         if scheme.name == "bf16" and self.oldest < 80 and not kept_wide(spec):
             return "bfloat16 begins with SM80; float16 (recipe exact-f16), or --target sm80"
