@@ -29,6 +29,7 @@ def main() -> int:
     asked = parser.parse_args()
     try:
         sms, shapes = read_profiles(asked.folder)
+        (asked.out or asked.folder).mkdir(parents=True, exist_ok=True)
         failed = 0
         for graph in asked.graph or GRAPHS:
             for sm in asked.sm or sms:
@@ -43,6 +44,9 @@ def main() -> int:
                     print(f"{engine}: {format_size(made['engine_bytes'])}, {made['build_seconds']:.1f} s")
                 else:
                     print(f"{graph} for SM{sm}: {made['error']}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ExporterError as error:
         print(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code

@@ -21,6 +21,7 @@ from tests.tensorrt_graphs import (
     attention_after_if,
     between,
     chosen,
+    circle,
     constant_of,
     constant_out,
     dequantized,
@@ -234,6 +235,7 @@ CASES = {
     "a value made twice": Case(made_twice(), "names", "made twice"),
     "a weight twice": Case(twice_named(dequantized()), "names", "made twice"),
     "from nowhere": Case(undefined(), "names", "nothing makes it"),
+    "in a circle": Case(circle(), "names", "in a circle"),
 }
 
 TWINS = {

@@ -368,6 +368,13 @@ def undefined():
     return net.model(net.node("Add", net.input(), "nowhere"))
 
 
+def circle():
+    net = Net()
+    net.nodes.append(helper.make_node("Add", [net.input(), "b"], ["a"], name="first"))
+    net.nodes.append(helper.make_node("Relu", ["a"], ["b"], name="second"))
+    return net.model("b")
+
+
 def constant_out():
     net = Net()
     net.weight((K, N), T.INT8, "w")

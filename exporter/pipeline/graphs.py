@@ -27,6 +27,9 @@ def find_graphs(path: Path) -> list[Path] | None:
     if path.is_dir():
         if (path / "manifest.json").exists():
             return None
+        if (path / "SHA256SUMS").exists() and (path / "profiles.json").exists():
+            again = "download it again, or exporter quantize ... --overwrite makes it again"
+            raise ExporterError(f"{path / 'manifest.json'} is missing", hint=again)
         found = sorted([*path.glob("*.onnx"), *path.glob("onnx/*.onnx")])
         what = "has no manifest.json and no .onnx file"
         below = sorted(path.glob("*/manifest.json"))
@@ -52,11 +55,13 @@ def judge(path: Path, graphs: Sequence[Path], sms: Sequence[int], engines: bool,
     Raises UsageError for a capability that nobody has rules for, MissingExtra without onnx or TensorRT-RTX.
     """
     if unknown := set(sms) - set(SMS):
-        raise UsageError(f"the rules for SM{min(unknown)} are not known", hint=f"--sm {', '.join(map(str, SMS))}")
+        raise UsageError(
+            f"the rules for SM{min(unknown)} are not known", hint=f"--sm N, one of {', '.join(map(str, SMS))}"
+        )
     if engines:
         _require_shapes(path, sms)
     asked = sorted(set(sms)) or _intended(path)
-    found = [_judge(path, graph, asked) for graph in graphs]
+    found = [_judge(path, graph, asked, alone=len(graphs) == 1) for graph in graphs]
     passed = all(each["builds"] for graph in found for each in graph["sms"])
     report: dict[str, Any] = {"path": str(path), "sms": asked, "graphs": found, "engines": {}, "not_run": {}}
     if engines:
@@ -69,13 +74,17 @@ def judge(path: Path, graphs: Sequence[Path], sms: Sequence[int], engines: bool,
     return report | {"status": "passed" if passed else "gate failed"}
 
 
-def _judge(path: Path, graph: Path, sms: Sequence[int]) -> dict[str, Any]:
+def _judge(path: Path, graph: Path, sms: Sequence[int], alone: bool) -> dict[str, Any]:
+    """The verdict on one graph. One that cannot be read is an error where it is `alone`, else a verdict too."""
     name = str(graph.relative_to(path)) if graph != path else graph.name
     try:
         found = lint(graph)
     except MissingExtra:
         raise
     except ExporterError as error:
+        if not alone:
+            verdicts = [{"sm": sm, "builds": False, "reason": error.message} for sm in sms]
+            return {"graph": name, "sms": verdicts, "findings": []}
         if error.hint == AGAIN:
             linked = "link" in error.message  # as in the Hub's cache
             again = "the tool that wrote it has to write it again"

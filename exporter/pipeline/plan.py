@@ -11,7 +11,7 @@ from exporter.formats import get_format
 from exporter.formats.base import Format
 from exporter.model import ModelConfig, tensor_specs
 from exporter.model.memory import Fit, fit, largest_context
-from exporter.pipeline.profiles import load_recipe
+from exporter.pipeline.profiles import load_profile, load_recipe, profile_names
 from exporter.types import Scheme, TensorSpec, leaf_rows
 from exporter.types.profile import ArtifactSpec, Profile
 from exporter.types.recipe import Recipe, Step
@@ -138,10 +138,11 @@ def _of_targets(every: list[ArtifactSpec], targets: Sequence[str], profile: Prof
         if formats:
             raise UsageError(f"{message} that is not asked for", hint=f"--format {formats[0]} --target {target}")
         others = sorted({a.target for a in profile.artifacts if a.target})
-        raise UsageError(
-            f"{message}.{did_you_mean(target, known or others)}",
-            hint=f"targets: {', '.join(known or others) or 'none'}",
-        )
+        makers = [p for p in profile_names() if any(a.target == target for a in load_profile(p).artifacts)]
+        hint = f"targets: {', '.join(known or others) or 'none'}"
+        if makers:
+            hint = f"--profile {makers[0]} makes it"
+        raise UsageError(f"{message}.{did_you_mean(target, known or others)}", hint=hint)
     return [a for a in every if not targets or a.target in targets]
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+
+import psutil
 
 import exporter
 from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError
@@ -315,5 +318,9 @@ def _output(folder: Path, made: Made) -> Iterator[Path]:
     if (above.name, place.name) == (made.model, named) and os.access(above, os.W_OK):
         yield above.parent
         return
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as out:
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}pid*"):  # of a proof that was killed
+        owner = left.name.removeprefix(f"{SCRATCH_PREFIX}pid").partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}pid{os.getpid()}-") as out:
         yield Path(out)

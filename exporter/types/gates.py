@@ -46,10 +46,10 @@ GATES: dict[str, GateKind] = {
     "genai_tokenizer_equal": GateKind("genai.tokenizer_equal", "equal", "onnxruntime-genai's token ids are equal"),
     "genai_chat_equal": GateKind("genai.chat_equal", "equal", "onnxruntime-genai renders conversations equally"),
     "optimizer_difference": GateKind(
-        "optimizer.export.logit_difference", "max", "what ONNX Runtime's rewriting changes in a logit, in float32"
+        "optimizer.export.relative_difference", "max", "what ONNX Runtime's rewriting changes, of the largest logit"
     ),
     "optimizer_shipped_difference": GateKind(
-        "optimizer.release.logit_difference", "max", "what it changes in a logit of the graphs as shipped"
+        "optimizer.release.relative_difference", "max", "what it changes in the graphs as shipped"
     ),
     "parser_rules_kept": GateKind("rules.kept", "equal", "the graphs keep the rules of TensorRT's parser"),
     "engines_built": GateKind("engines.built", "equal", "TensorRT-RTX builds an engine of each graph for each GPU"),

@@ -235,11 +235,12 @@ def _start(decoding: Decoding, request: Request) -> list[F32]:
 
 
 def _apart(some: list[F32], others: list[F32]) -> float:
-    """The largest difference of a logit."""
-    apart = 0.0
+    """The largest difference of a logit, as a share of the largest logit."""
+    apart, largest = 0.0, 0.0
     for one, other in zip(some, others, strict=True):
         apart = float(np.maximum(apart, np.abs(one - other).max()))  # NaN stays
-    return apart
+        largest = float(np.maximum(largest, np.abs(one).max()))
+    return apart / largest if largest else apart
 
 
 def _long(graph: Graph, single: Graph | None, reference: ReferenceLogits, report: OnProgress) -> Positions:

@@ -252,7 +252,7 @@ def in_modes(
         with np.load(request.results, allow_pickle=False) as results:
             _add_mode(report, mode, answer, results, expected)
         if "optimizer_difference" in answer:
-            apart = {"logit_difference": _finite(answer["optimizer_difference"])}
+            apart = {"relative_difference": _finite(answer["optimizer_difference"])}
             report["optimizer"] = {**report.get("optimizer", {}), mode: apart}
         if mode == "release":
             report |= {key: answer[key] for key in ("speed", "memory") if key in answer}

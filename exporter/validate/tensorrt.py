@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,8 @@ def build(
         return {"sm": sm, "version": installed, "built": False, "error": died.message}
     finally:
         if keep:
-            tensorrt_worker.partial_file(keep).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that cannot be written has none
+                tensorrt_worker.partial_file(keep).unlink(missing_ok=True)
 
 
 def gpu() -> tuple[str, int] | None:
@@ -80,6 +82,6 @@ def gpu() -> tuple[str, int] | None:
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
         name, _, capability = said.splitlines()[0].rpartition(", ")
-        return name, int(capability.replace(".", ""))
+        return (name, int(capability.replace(".", ""))) if name else None
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return None

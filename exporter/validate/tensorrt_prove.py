@@ -69,7 +69,7 @@ def prove_tensorrt(
     Keys as of `onnxruntime.prove_onnx` without speed and genai, and
     rules     {"kept", "findings"}: what the parser's rules say of the graphs
     engines   see `build_engines`
-    optimizer {"logit_difference"} in each mode: between ONNX Runtime with and without its rewriting of the graphs
+    optimizer {"relative_difference"} in each mode: between ONNX Runtime with and without its rewriting of the graphs
     """
     rules = check_rules(folder)
     tokenizer = texts.load_tokenizer(tokenizer_file)
@@ -125,15 +125,19 @@ def read_profiles(folder: Path) -> tuple[list[int], dict[str, tensorrt.Shapes]]:
     """Compute capabilities and shapes by graph, from profiles.json. Raises ExporterError where it is no such file."""
     path = folder / "profiles.json"
     try:
-        if not path.is_file() or path.stat().st_size > _PROFILES_CAP:
-            raise ValueError("no file of ours")
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        if path.stat().st_size > _PROFILES_CAP:
+            raise ValueError("it is too large")
         body = json.loads(path.read_text())
         sms = [int(sm) for sm in body["sms"]]
         shapes = {
             graph: {name: tuple(list(map(int, each[k])) for k in ("min", "opt", "max")) for name, each in found.items()}
             for graph, found in body["graphs"].items()
         }
-        if not sms or set(shapes) != set(GRAPHS):
+        if not sms:
+            raise ValueError("it names no compute capability")
+        if set(shapes) != set(GRAPHS):
             raise ValueError(f"it has no {' and '.join(GRAPHS)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ExporterError(f"{path}: no shapes for engines in it ({error})", hint=_AGAIN) from error

@@ -157,12 +157,17 @@ def _values(known: Known) -> Iterator[Finding]:
             yield Finding(
                 where, f"is a constant of {name_of(dtype)}, which goes to DequantizeLinear only", SMS, "types"
             )
-    given = {i.name for i in graph.input} | set(known.tensors) | set(known.scope.made)
+    given = {i.name for i in graph.input} | set(known.tensors)
+    made: set[str] = set()
     around = known.scope.outer
     for node in graph.node:
         for name in node.input:
-            if name and name not in given and not (around and _is_made(around, name)):
-                yield Finding(f"value {printable(name, 96)}", "is used, and nothing makes it", SMS, "names")
+            if not name or name in given or name in made or (around and _is_made(around, name)):
+                continue
+            later = "before it is made: nodes are out of order, or in a circle"
+            text = f"is used {later}" if name in known.scope.made else "is used, and nothing makes it"
+            yield Finding(f"value {printable(name, 96)}", text, SMS, "names")
+        made.update(node.output)
 
 
 def _is_made(scope: Any, name: str) -> bool:

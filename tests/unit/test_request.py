@@ -52,6 +52,7 @@ def test_a_recipe_replaces_that_of_what_is_made_by_default():
         ((), ("cpu",), "is not asked for", "--format onnx --target cpu"),
         (("onnx",), ("cdua",), 'Did you mean "cuda"?', "targets: cpu, cuda, webgpu"),
         (("gguf",), ("npu",), 'nothing for target "npu"', "targets: cpu, cuda, sm120, sm80, webgpu"),
+        (("tensorrt",), ("sm75",), 'nothing for target "sm75"', "--profile 48gb makes it"),
         (("gptq",), (), "makes no gptq; it makes gguf, mxfp4, onnx", "[[artifact]]"),
     ],
 )
