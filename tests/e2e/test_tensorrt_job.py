@@ -214,7 +214,7 @@ def test_a_model_that_is_too_large_is_proved_by_its_first_layers(model, tmp_path
     assert is_of_the_first_layers(report)
     assert report["cached"]["logit_difference"] < 1e-4
     engines = report["engines"]
-    assert (engines["layers"], engines["words"], engines["built"], engines["fused"]) == (2, 2048, True, True)
+    assert (engines["layers"], engines["vocabulary"], engines["built"], engines["fused"]) == (2, 2048, True, True)
     assert {b["fused_attention"] for b in engines["builds"]} == {2}
     assert set(get_format("tensorrt").gates) - {"gpu_kl_mean", "long_kl_mean"} <= gate_names(report, True)
 

@@ -49,8 +49,8 @@ def buffers(config: ModelConfig, context: int, whole: bool) -> dict[str, tuple[i
 
     `whole`: whether prefill dequantizes all experts of a layer before it multiplies by them. What comes out of a graph
     lies beside what went in, cache and all. At a context of 8,192 the plans of engines for layers of 20b list what this
-    says, less the outputs, within 4 %, and for prefill with INT4 a fifth to a third less; at 131,072 up to a third
-    less (benchmarks/results). Logits of the whole vocabulary are counted, not measured.
+    says, less the outputs, within 4 %, and for prefill with INT4 a seventh to a quarter less (benchmarks/results); at
+    131,072, by hand, up to a third less. Logits of the whole vocabulary are counted, not measured.
     """
     c, item, piece = config, 2, min(PIECE, context)
     cache = 2 * c.num_key_value_heads * c.head_dim * item * context  # of one layer
