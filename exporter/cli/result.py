@@ -156,7 +156,7 @@ def _remarks(row: dict[str, Any], of: str, first: bool) -> None:
     if g := row["metrics"].get("gpu"):
         figures = f"KL {g['kl_mean']:.2e}, top-1 {g['top1']:.2%}" if "error" not in g else g["error"]
         say(f"{of}engines on {g['name']}: {figures}")
-    for reason in row.get("not_run", {}).values():
+    for reason in dict.fromkeys(row.get("not_run", {}).values()):
         say(f"{of}not run: {reason}")
     say(f"{row['path']}/report.json")
 

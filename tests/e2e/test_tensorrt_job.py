@@ -261,6 +261,20 @@ def test_a_window_that_is_wrong_in_decoding_alone_fails_its_gate(unbuilt):
     assert gate_names(report, False) == {"head_equal", "cached_difference"}
 
 
+def test_a_machine_without_the_memory_for_it_leaves_the_graphs_out(model, tmp_path):
+    no_room = "prove_tensorrt._COPIES = 10**9\n"
+    done = run_changed(
+        WITHOUT_TENSORRT + TOO_LARGE + no_room, *request(model, tmp_path, ("tensorrt", "mxfp4-bf16", "sm120"))
+    )
+    assert done.code == 0, done.err
+    report = report_of(done.json["artifacts"][0])
+    assert not {"arithmetic", "cached", "optimizer"} & set(report)
+    assert "of memory for a layer's experts" in report["not_run"]["arithmetic"]
+    assert report["not_run"]["depth"].startswith("engines of 2 of 4 layers")
+    assert report["export"]["kl_max"] < 1e-9
+    assert {"parser_rules_kept", "export_kl_mean", "digests_equal"} <= gate_names(report, True)
+
+
 def test_without_tensorrt_the_parsers_rules_decide(model, tmp_path):
     """A graph that no builder would take for Turing: experts chosen in float32."""
     arguments = request(model, tmp_path, ("tensorrt", "f32", "sm75"))
