@@ -39,7 +39,7 @@ def cut(model: Any, layers: int) -> None:
     if norm is None or not any(stream in node.output for node in graph.node):
         raise ExporterError(f"the graph has no {stream}", hint="exporter quantize ... --overwrite makes it again")
     norm.input[0] = stream
-    later = [out.name for out in graph.output if _layer(out.name) >= layers]
+    later = [out.name for out in graph.output if cache_layer(out.name) >= layers]
     _keep(graph.output, lambda value: value.name not in later)
     wanted = {out.name for out in graph.output}
     kept = []
@@ -68,9 +68,9 @@ def cut_vocabulary(model: Any, words: int) -> None:
             out.type.tensor_type.shape.dim[2].dim_value = words
 
 
-def _layer(name: str) -> int:
-    """The layer that present.N.key is of; -1 for what is of none."""
-    found = re.fullmatch(r"present\.([0-9]{1,9})\.(?:key|value)", name)
+def cache_layer(name: str) -> int:
+    """The layer that past_key_values.N.key or present.N.key is of; -1 for what is of none."""
+    found = re.fullmatch(r"(?:past_key_values|present)\.([0-9]{1,9})\.(?:key|value)", name)
     return int(found[1]) if found else -1
 
 

@@ -5,14 +5,13 @@ they become engines on each GPU, with weights as packed as they were and attenti
 computes only the GPU can say: where one is found that the folder is for, engines run on it; else the report says that
 none ran.
 
-A model too large to compute whole here is cut after its first layers, of every kind one (`Depth`).
+A model too large to compute whole here is cut after its first layers, of every kind one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -168,7 +167,7 @@ def build_engines(
     builds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as made:
         for graph, path, layers in _graphs(folder, cut, Path(made)):
-            inputs = {name: each for name, each in shapes[graph].items() if _layer(name) < layers}
+            inputs = {name: each for name, each in shapes[graph].items() if onnx_twin.cache_layer(name) < layers}
             for sm in sms:
                 if on_progress:
                     on_progress(f"{graph} engine for SM{sm}", len(builds), len(sms) * len(GRAPHS))
@@ -210,7 +209,7 @@ def run_engines(
     engines = {}
     for graph, path, layers in _graphs(folder, cut, made, words=0):
         engines[graph] = made / f"{graph}.engine"
-        inputs = {each: shapes[graph][each] for each in shapes[graph] if _layer(each) < layers}
+        inputs = {each: shapes[graph][each] for each in shapes[graph] if onnx_twin.cache_layer(each) < layers}
         build = tensorrt.build(
             path, inputs, sm, time_limit=limits.seconds, memory_limit=limits.memory, keep=engines[graph]
         )
@@ -273,9 +272,3 @@ def _graphs(folder: Path, cut: int, made: Path, words: int = WORDS) -> Iterator[
                 os.symlink((folder / name).absolute(), made / name)
         onnx.save(model, str(made / path.name))
         yield graph, made / path.name, cut
-
-
-def _layer(name: str) -> int:
-    """The layer of past_key_values.N.key; -1 for inputs of none."""
-    found = re.fullmatch(r"past_key_values\.([0-9]{1,9})\.(?:key|value)", name)
-    return int(found[1]) if found else -1

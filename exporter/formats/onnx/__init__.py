@@ -7,30 +7,33 @@ that keep their window only. For the web one graph serves all, where transformer
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from exporter.errors import ExporterError, UsageError, did_you_mean
 from exporter.formats.base import ExportJob, FileLayout, Footprint, Format, Located, Prover, Target, Verdict
 from exporter.formats.groups import groups
 from exporter.formats.onnx import arrays
-from exporter.formats.onnx.arrays import Initializer
 from exporter.formats.onnx.configs import small_files
-from exporter.formats.onnx.data import ArraysOf, DataFile, Tables, data_files, file_layout, locate, places
+from exporter.formats.onnx.data import (
+    WAVES,
+    ArraysOf,
+    DataFile,
+    data_files,
+    file_layout,
+    locate,
+    places,
+    rotation_tables,
+)
 from exporter.formats.onnx.devices import DEVICES, Device
 from exporter.formats.onnx.graph import Blueprint, build
 from exporter.model import ModelConfig
-from exporter.model.rope import rotation_table
 from exporter.types import QTensor, Scheme, TensorSpec
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
 _AGAIN = "exporter quantize ... --overwrite makes it again"
-_WAVES = {"cos_cache": np.cos, "sin_cache": np.sin}
 
 # Sound artifacts of the demo checkpoint stay a hundredth (difference) to a half (divergence) below these, as
 # damaged ones do not: tests/oracle/test_onnx_runtime.py. With float16 activations more is lost on the way.
@@ -153,9 +156,11 @@ class Onnx:
     def layout(self, job: ExportJob) -> list[FileLayout]:
         stem, first = self._names(job)
         found = groups(job.steps, job.split_size, lambda step: self.target(step).nbytes)
-        names = [first if i == 0 else f"{first}_{i}" for i in range(len(found))]
-        of, tables = self._arrays_of(job.steps), self._tables(job.config)
-        files = data_files(found, names, of, tables)
+        of, tables = (
+            self._arrays_of(job.steps),
+            rotation_tables(job.config, "float" if self.device.io == "f32" else "float16"),
+        )
+        files = data_files(found, first, of, tables)
         graphs = [(f"{stem}.onnx", False)]
         if self.device.windowed:
             graphs.append((f"{stem}_genai.onnx", True))
@@ -190,11 +195,6 @@ class Onnx:
         rows = arrays.head_rows(steps)
         return lambda step: arrays.arrays(step, self.device, rows)
 
-    def _tables(self, config: ModelConfig) -> Tables:
-        shape = (config.max_position_embeddings, config.head_dim // 2)
-        dtype = "float" if self.device.io == "f32" else "float16"
-        return {Initializer(n, dtype, shape): functools.partial(_table, config, n, dtype) for n in _WAVES}
-
     def _graph(self, job: ExportJob, name: str, windowed: bool, files: Sequence[DataFile]) -> FileLayout:
         blueprint = Blueprint(
             config=job.config,
@@ -218,12 +218,7 @@ class Onnx:
         return graphs
 
     def locate(self, folder: Path, steps: Sequence[Step]) -> dict[str, Located]:
-        return locate(self._graphs(folder), folder, steps, self._arrays_of(steps), set(_WAVES))
-
-
-def _table(config: ModelConfig, name: str, dtype: str) -> U8:
-    table = rotation_table(_WAVES[name], config.rope, config.head_dim, config.max_position_embeddings)
-    return table.astype(np.float32 if dtype == "float" else np.float16).reshape(-1).view(np.uint8)
+        return locate(self._graphs(folder), folder, steps, self._arrays_of(steps), set(WAVES))
 
 
 def _computed_together(step: Step) -> str:

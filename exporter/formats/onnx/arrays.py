@@ -125,10 +125,7 @@ def unpack(step: Step, packed: Sequence[U8], device: Device) -> QTensor:
     scheme, shape = step.scheme, step.spec.shape
     lead = (len(packed[0]), *shape[1:-1]) if len(shape) > 1 else ()
     if scheme.kind == "float":
-        raw = packed[0].reshape(-1)
-        if kept_wide(step.spec):
-            raw = narrowed(raw, scheme.float_type)
-        return QTensor(step.name, scheme, raw.reshape(*lead, -1))
+        return floats(step, packed[0], lead)
     scales = packed[1].reshape(*lead, -1)
     if scheme.kind == "int":
         if device.io == "f32":
@@ -139,6 +136,14 @@ def unpack(step: Step, packed: Sequence[U8], device: Device) -> QTensor:
     nibbles = packed[0].reshape(e, k, -1)
     codes = unpack_nibbles(nibbles) if side is None else (nibbles >> np.uint8(4 * side)) & 15
     return QTensor(step.name, scheme, pack_nibbles(np.ascontiguousarray(codes.reshape(e, k, n).swapaxes(1, 2))), scales)
+
+
+def floats(step: Step, raw: U8, lead: tuple[int, ...]) -> QTensor:
+    """A tensor of floats read back; raises ValueError where what was widened does not narrow again."""
+    raw = raw.reshape(-1)
+    if kept_wide(step.spec):
+        raw = narrowed(raw, step.scheme.float_type)
+    return QTensor(step.name, step.scheme, raw.reshape(*lead, -1))
 
 
 def is_expert(step: Step) -> bool:

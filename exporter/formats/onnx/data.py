@@ -14,10 +14,13 @@ from exporter.formats.base import FileLayout, Fixed, Located, Part
 from exporter.formats.onnx.arrays import Array, Initializer
 from exporter.formats.onnx.builder import Place
 from exporter.formats.onnx.external import read_initializers
+from exporter.model import ModelConfig
+from exporter.model.rope import rotation_table
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
 _AGAIN = "exporter quantize ... --overwrite makes it again"
+WAVES = {"cos_cache": np.cos, "sin_cache": np.sin}
 _PAGE = 4096  # ONNX Runtime maps a tensor only where it starts on a page
 
 # The arrays that `pack` gives for a step, and where they lie in initializers.
@@ -36,10 +39,10 @@ class DataFile:
     size: int
 
 
-def data_files(groups: Sequence[Sequence[Step]], names: Sequence[str], of: ArraysOf, tables: Tables) -> list[DataFile]:
-    """A file for each group of steps; `tables` come first of all."""
+def data_files(groups: Sequence[Sequence[Step]], first: str, of: ArraysOf, tables: Tables) -> list[DataFile]:
+    """A file for each group of steps, named after the `first`; `tables` come first of all."""
     files = []
-    for i, (name, steps) in enumerate(zip(names, groups, strict=True)):
+    for i, steps in enumerate(groups):
         offsets: dict[Initializer, int] = {}
         at = 0
         held = [a.initializer for step in steps for a in of(step)]
@@ -47,8 +50,19 @@ def data_files(groups: Sequence[Sequence[Step]], names: Sequence[str], of: Array
             if initializer not in offsets:
                 offsets[initializer] = at
                 at += -(-initializer.nbytes // _PAGE) * _PAGE
-        files.append(DataFile(name, tuple(steps), offsets, at))
+        files.append(DataFile(first if i == 0 else f"{first}_{i}", tuple(steps), offsets, at))
     return files
+
+
+def rotation_tables(config: ModelConfig, dtype: str) -> Tables:
+    """Cosines and sines of every position, "float" or "float16"."""
+    shape = (config.max_position_embeddings, config.head_dim // 2)
+    return {Initializer(name, dtype, shape): functools.partial(_table, config, name, dtype) for name in WAVES}
+
+
+def _table(config: ModelConfig, name: str, dtype: str) -> U8:
+    table = rotation_table(WAVES[name], config.rope, config.head_dim, config.max_position_embeddings)
+    return table.astype(np.float32 if dtype == "float" else np.float16).reshape(-1).view(np.uint8)
 
 
 def places(files: Sequence[DataFile]) -> dict[Initializer, Place]:

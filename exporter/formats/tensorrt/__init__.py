@@ -10,27 +10,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from exporter.errors import UsageError, did_you_mean
 from exporter.formats.base import ExportJob, FileLayout, Footprint, Format, Located, Prover, Verdict
 from exporter.formats.base import Target as Stored
 from exporter.formats.folder.config import COPIED, config_json
 from exporter.formats.groups import groups
-from exporter.formats.onnx.arrays import Initializer, graph_name, head_rows, kept_wide
-from exporter.formats.onnx.data import ArraysOf, DataFile, Tables, data_files, file_layout, locate, places
+from exporter.formats.onnx.arrays import graph_name, head_rows, kept_wide
+from exporter.formats.onnx.data import (
+    WAVES,
+    ArraysOf,
+    DataFile,
+    data_files,
+    file_layout,
+    locate,
+    places,
+    rotation_tables,
+)
 from exporter.formats.tensorrt import arrays
 from exporter.formats.tensorrt.graph import Blueprint, build
 from exporter.formats.tensorrt.readme import profiles_json, readme
 from exporter.formats.tensorrt.shapes import GRAPHS, buffers
 from exporter.formats.tensorrt.targets import GPUS, TARGETS, Target, fuses
 from exporter.model import ModelConfig
-from exporter.model.rope import rotation_table
 from exporter.types import QTensor, Scheme, TensorSpec
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
 
-_WAVES = {"cos_cache": np.cos, "sin_cache": np.sin}
 _DATA = "weights.data"
 
 # Of float32 activations: arithmetic, and differences of logits unless they are called shipped. All else of the graphs
@@ -149,9 +154,8 @@ class TensorRT:
 
     def layout(self, job: ExportJob) -> list[FileLayout]:
         found = groups(job.steps, job.split_size, lambda step: self.target(step).nbytes)
-        names = [_DATA if i == 0 else f"{_DATA}_{i}" for i in range(len(found))]
-        of, tables = self._arrays_of(job.steps), _tables(job.config)
-        files = data_files(found, names, of, tables)
+        of, tables = self._arrays_of(job.steps), rotation_tables(job.config, "float")
+        files = data_files(found, _DATA, of, tables)
         layouts = [self._graph(job, graph, files) for graph in GRAPHS]
         layouts += [file_layout(f, of, tables) for f in files]
         context = job.context or job.config.max_position_embeddings
@@ -179,17 +183,7 @@ class TensorRT:
 
     def locate(self, folder: Path, steps: Sequence[Step]) -> dict[str, Located]:
         graphs = [folder / f"{graph}.onnx" for graph in GRAPHS]
-        return locate(graphs, folder, steps, self._arrays_of(steps), set(_WAVES))
-
-
-def _tables(config: ModelConfig) -> Tables:
-    shape = (config.max_position_embeddings, config.head_dim // 2)
-    return {Initializer(name, "float", shape): functools.partial(_table, config, name) for name in _WAVES}
-
-
-def _table(config: ModelConfig, name: str) -> U8:
-    table = rotation_table(_WAVES[name], config.rope, config.head_dim, config.max_position_embeddings)
-    return table.reshape(-1).view(np.uint8)
+        return locate(graphs, folder, steps, self._arrays_of(steps), set(WAVES))
 
 
 FORMAT = TensorRT()

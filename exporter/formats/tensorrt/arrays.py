@@ -16,9 +16,19 @@ import numpy.typing as npt
 
 from exporter.errors import Refused
 from exporter.formats.base import Part
-from exporter.formats.onnx.arrays import FLOATS, Array, HeadRows, Initializer, graph_name, is_expert, kept_wide, rows
+from exporter.formats.onnx.arrays import (
+    FLOATS,
+    Array,
+    HeadRows,
+    Initializer,
+    floats,
+    graph_name,
+    is_expert,
+    kept_wide,
+    rows,
+)
 from exporter.formats.onnx.external import BITS
-from exporter.numerics.floats import narrowed, widened
+from exporter.numerics.floats import widened
 from exporter.types import QTensor
 from exporter.types.qtensor import U8
 from exporter.types.recipe import Step
@@ -68,10 +78,7 @@ def unpack(step: Step, packed: Sequence[U8]) -> QTensor:
     scheme, shape = step.scheme, step.spec.shape
     lead = (len(packed[0]), *shape[1:-1]) if len(shape) > 1 else ()
     if scheme.kind == "float":
-        raw = packed[0].reshape(-1)
-        if kept_wide(step.spec):
-            raw = narrowed(raw, scheme.float_type)
-        return QTensor(step.name, scheme, raw.reshape(*lead, -1))
+        return floats(step, packed[0], lead)
     data, scales = packed[0].reshape(*lead, -1), packed[1].reshape(*lead, -1)
     if scheme.kind == "e2m1":
         return QTensor(step.name, scheme, data, scales)
