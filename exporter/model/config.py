@@ -54,6 +54,22 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One way to compute the same weights: as released, or with one thing otherwise.
+
+    window: keys that sliding layers see, None for as many as the configuration says. sinks: whether attention has them.
+    swapped: the experts' gate and up in each other's place. rounded: what goes between the operations has the precision
+    of bfloat16, as the release is computed on GPUs (sums stay in float32).
+    """
+
+    rope: RopeConfig
+    window: int | None = None
+    sinks: bool = True
+    swapped: bool = False
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One gpt-oss architecture. Sizes are counts of elements; `layer_types` has one entry a layer."""
 

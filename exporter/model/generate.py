@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from exporter.errors import ExporterError
-from exporter.model.config import ModelConfig, RopeConfig
-from exporter.model.layer import Layer, Read, as_tensor, import_torch, rms_norm, rotate
+from exporter.model.config import ModelConfig, Variant
+from exporter.model.layer import Layer, rms_norm, rotate
 from exporter.model.reference import I64
+from exporter.model.torch import as_tensor, import_torch
+from exporter.model.weights import Read, Weights, on_device
 from exporter.types import leaves
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ Script = Callable[[I64], I64]
 
 def generate(
     config: ModelConfig,
-    read: Read,
+    read: Read | Weights,
     script: Script,
     windows: int,
     length: int,
@@ -125,11 +127,17 @@ class Decoder:
     """`windows` sequences of at most `length` tokens; `position` tokens of each have gone in."""
 
     def __init__(
-        self, config: ModelConfig, read: Read, windows: int, length: int, *, device: str = "cpu", keep_bytes: int = 0
+        self,
+        config: ModelConfig,
+        read: Read | Weights,
+        windows: int,
+        length: int,
+        *,
+        device: str = "cpu",
+        keep_bytes: int = 0,
     ) -> None:
         self.config, self.device, self.position = config, device, 0
-        self._read = read
-        self._kept = _Kept(read, device, keep_bytes)
+        self._kept = on_device(read, device, keep_bytes)
         self._layers = [
             _CachedLayer(config, i, self._kept, _Cache(config, i, windows, length, device))
             for i in range(config.num_hidden_layers)
@@ -167,33 +175,8 @@ class Decoder:
     def _embed(self, tokens: I64) -> Tensor:
         """[W, n, H], read row by row: a few thousand tokens would touch every leaf."""
         used, place = np.unique(tokens, return_inverse=True)
-        rows = [self._read("model.embed_tokens.weight", int(t), int(t) + 1) for t in used]
+        rows = [self._kept.read("model.embed_tokens.weight", int(t), int(t) + 1) for t in used]
         return as_tensor(np.concatenate(rows)[place.reshape(tokens.shape)], self.device)
-
-
-class _Kept:
-    """Weights on the device; the first `limit` bytes of them stay, the rest are read each time.
-
-    Every step asks for the same weights in the same order, where dropping the least recent would
-    drop each just before its use. What bfloat16 holds exactly (all of the release) is kept in it.
-    """
-
-    def __init__(self, read: Read, device: str, limit: int) -> None:
-        self._read, self._device, self._room = read, device, limit
-        self._tensors: dict[tuple[str, int, int], Tensor] = {}
-
-    def __call__(self, name: str, start: int, stop: int) -> Tensor:
-        key = name, start, stop
-        if key in self._tensors:
-            return self._tensors[key].float()
-        value = as_tensor(self._read(*key), self._device)
-        if self._room >= 2 * value.numel():
-            short = value.bfloat16()
-            held = short if bool((short.float() == value).all()) else value
-            if held.nbytes <= self._room:
-                self._tensors[key] = held
-                self._room -= held.nbytes
-        return value
 
 
 class _Cache:
@@ -224,17 +207,11 @@ class _Cache:
 class _CachedLayer(Layer):
     """A layer whose attention also sees the tokens of earlier calls. `start`: position of the first new one."""
 
-    def __init__(self, config: ModelConfig, index: int, kept: _Kept, cache: _Cache) -> None:
-        super().__init__(config, index, kept._read, kept._device)
-        self.kept, self.cache, self.start = kept, cache, 0
+    def __init__(self, config: ModelConfig, index: int, kept: Weights, cache: _Cache) -> None:
+        super().__init__(config, index, kept, kept.device)
+        self.cache, self.start = cache, 0
 
-    def weight(self, name: str, rows: int) -> Tensor:
-        return self.kept(self.prefix + name, 0, rows)
-
-    def expert_weight(self, projection: str, expert: int) -> Tensor:
-        return self.kept(self.expert_name(projection), expert, expert + 1)[0]
-
-    def attention(self, x: Tensor, ropes: Sequence[RopeConfig]) -> None:
+    def attention(self, x: Tensor, variants: Sequence[Variant]) -> None:
         """Add attention's output to x [1, W, n, H]."""
         torch, c = import_torch(), self.config
         windows, n, hidden = x.shape[1:]
@@ -245,7 +222,7 @@ class _CachedLayer(Layer):
             torch.addmm(bias, h, weight.T).view(windows, n, -1, c.head_dim).transpose(1, 2)
             for weight, bias in (weights["q"], weights["k"], weights["v"])
         )
-        cos, sin = self.rotation(n, ropes[0], self.start)
+        cos, sin = self.rotation(n, variants[0].rope, self.start)
         keys, values = self.cache.extend(rotate(k, cos, sin), v)
         mixed = self.attend(rotate(q, cos, sin), keys, values, self.weight("self_attn.sinks", c.num_attention_heads))
         weight, bias = weights["o"]

@@ -3,57 +3,34 @@
 Source: openai/gpt-oss `torch/model.py` and transformers' modeling_gpt_oss.py (eager attention);
 `tests/unit/test_reference.py` compares the two forwards.
 
-Shapes: R rope variants, W windows, T tokens, H hidden, D head_dim, I intermediate, E experts. All
+Shapes: R variants, W windows, T tokens, H hidden, D head_dim, I intermediate, E experts. All
 variants go through a layer together, so that each expert is decoded once for all of them.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from exporter.errors import MissingExtra
-from exporter.model.config import SLIDING, ModelConfig, RopeConfig
+from exporter.model.config import SLIDING, ModelConfig, RopeConfig, Variant
 from exporter.model.rope import attention_factor, inverse_frequencies
-from exporter.numerics.floats import F32
+from exporter.model.torch import import_torch
+from exporter.model.weights import Read, Weights, on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# (tensor name, start, stop) -> float32 rows [start, stop) of the leading axis.
-Read = Callable[[str, int, int], F32]
 # (names of the weights about to be used, expert or None, their input [n, K]): what calibration sees.
 Observe = Callable[[tuple[str, ...], int | None, "Tensor"], None]
 # (layer, its experts of each row int64 [N, top_k], likeliest first): called when a layer has routed its tokens.
 Routed = Callable[[int, "Tensor"], None]
 # (one of the parts of a layer): called when that part is done.
 Progress = Callable[[int], None]
+AsVariant = RopeConfig | Variant
 
 _SCORES = 1 << 24  # attention scores held at once: 64 MiB
 _ROWS = 4096  # token rows that go through an expert, the router or the head at once
-
-
-@functools.cache
-def import_torch() -> Any:
-    """The torch module. Raises MissingExtra."""
-    # Threads that wait for work give their processor up. By default they spin, and beside any other busy process
-    # a small operation then takes ten times as long. Read once, when torch loads its OpenMP.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        import torch
-    except ModuleNotFoundError as missing:
-        raise MissingExtra("torch", "validate", "the reference forward") from missing
-    return torch
-
-
-def as_tensor(rows: F32, device: str) -> Tensor:
-    """`rows` on the device; copied where the array is read-only, which torch must not share."""
-    rows = rows if rows.flags.writeable else rows.copy()
-    tensor: Tensor = import_torch().from_numpy(rows).to(device)
-    return tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,6 +48,50 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def as_variant(each: AsVariant) -> Variant:
+    """A rope alone means everything else as released."""
+    return each if isinstance(each, Variant) else Variant(each)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+class _Rows:
+    """Which rows of x [R * n, H] are of variants that an expert computes otherwise."""
+
+    def __init__(self, variants: Sequence[Variant], n: int, device: str) -> None:
+        self._rounded = self._mask([v.rounded for v in variants], n, device)
+        self.any_rounded = self._rounded is not None
+        self._swapped = self._mask([v.swapped for v in variants], n, device)
+
+    @staticmethod
+    def _mask(marks: Sequence[bool], n: int, device: str) -> Tensor | None:
+        """bool [R * n, 1]; None where it would be false everywhere."""
+        if not any(marks):
+            return None
+        torch = import_torch()
+        mask: Tensor = torch.tensor(marks, device=device).repeat_interleave(n)[:, None]
+        return mask
+
+    def short(self, values: Tensor, part: Tensor | slice) -> Tensor:
+        """`values` of the rows `part`, rounded where their variant is."""
+        if self._rounded is None:
+            return values
+        return import_torch().where(self._rounded[part], _bfloat16(values), values)  # type: ignore[no-any-return]
+
+    def in_order(self, gate: Tensor, up: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, in each other's place where the row's variant swaps them."""
+        if self._swapped is None:
+            return gate, up
+        where, swapped = import_torch().where, self._swapped[part]
+        return where(swapped, up, gate), where(swapped, gate, up)
+
+
 class Layer:
     """Layer `index` of the model; holds no weights between calls."""
 
@@ -78,50 +99,57 @@ class Layer:
         self,
         config: ModelConfig,
         index: int,
-        read: Read,
+        read: Read | Weights,
         device: str,
         observe: Observe | None = None,
         routed: Routed | None = None,
     ) -> None:
-        self.config, self.index, self.read, self.device = config, index, read, device
+        self.config, self.index, self.device = config, index, device
+        self.weights = on_device(read, device)
         self.observe = observe or (lambda names, expert, rows: None)
         self.routed = routed or (lambda layer, chosen: None)
+        self.rows_of = _Rows([], 0, device)
         self.prefix = f"model.layers.{index}."
 
-    def forward(self, x: Tensor, ropes: Sequence[RopeConfig], progress: Progress = lambda part: None) -> None:
-        """Change x [R, W, T, H] into the layer's output, in place.
+    def forward(self, x: Tensor, ropes: Sequence[AsVariant], progress: Progress = lambda part: None) -> None:
+        """Change x [R, W, T, H] into the layer's output, in place; variant r is computed as ropes[r] says.
 
         `progress` is called with -1 after attention and with the expert's number after each expert.
         """
         torch = import_torch()
+        variants = [as_variant(each) for each in ropes]
         with torch.inference_mode():
-            self.attention(x, ropes)
+            self.attention(x, variants)
             progress(-1)
+            self.rows_of = _Rows(variants, x[0].numel() // x.shape[-1], self.device)
             self.experts(x.view(-1, x.shape[-1]), progress)
 
     def weight(self, name: str, rows: int) -> Tensor:
         """A whole tensor of the layer; `rows` is its leading axis."""
-        return as_tensor(self.read(self.prefix + name, 0, rows), self.device)
+        return self.weights(self.prefix + name, 0, rows)
 
     # Attention
 
-    def attention(self, x: Tensor, ropes: Sequence[RopeConfig]) -> None:
-        """Add attention's output to x [R, W, T, H]; variant r rotates as ropes[r] says."""
+    def attention(self, x: Tensor, variants: Sequence[Variant]) -> None:
+        """Add attention's output to x [R, W, T, H]."""
         torch, c = import_torch(), self.config
         length, hidden = x.shape[-2:]
         norm = self.weight("input_layernorm.weight", hidden)
         sinks = self.weight("self_attn.sinks", c.num_attention_heads)
         weights = {name: self.projection(name) for name in "qkvo"}
         names = {name: f"{self.prefix}self_attn.{name}_proj.weight" for name in "qkvo"}
-        for variant, rope in zip(x, ropes, strict=True):
-            cos, sin = self.rotation(length, rope)
-            for window in variant:  # [T, H]
-                h = rms_norm(window, norm, c.rms_norm_eps)
+        for rows, variant in zip(x, variants, strict=True):
+            cos, sin = self.rotation(length, variant.rope)
+            short = _bfloat16 if variant.rounded else _unchanged
+            for window in rows:  # [T, H]
+                h = short(rms_norm(window, norm, c.rms_norm_eps))
                 self.observe((names["q"], names["k"], names["v"]), None, h)
-                mixed = self.mix(h, weights, sinks, cos, sin)
+                mixed = short(self.mix(h, weights, sinks, cos, sin, variant))
                 self.observe((names["o"],), None, mixed)
                 weight, bias = weights["o"]
-                window += torch.addmm(bias, mixed, weight.T)
+                window += short(torch.addmm(bias, mixed, weight.T))
+                if variant.rounded:
+                    window.copy_(short(window))
 
     def projection(self, name: str) -> tuple[Tensor, Tensor]:
         """Weight [N, K] and bias [N] of "q", "k", "v" or "o"."""
@@ -141,19 +169,31 @@ class Layer:
         return (torch.cos(angle) * factor).to(self.device), (torch.sin(angle) * factor).to(self.device)
 
     def mix(
-        self, h: Tensor, weights: Mapping[str, tuple[Tensor, Tensor]], sinks: Tensor, cos: Tensor, sin: Tensor
+        self,
+        h: Tensor,
+        weights: Mapping[str, tuple[Tensor, Tensor]],
+        sinks: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        variant: Variant | None = None,
     ) -> Tensor:
         """What the output projection sees, [..., T, heads * D], of normalised windows h [..., T, H]."""
         linear, d = import_torch().nn.functional.linear, self.config.head_dim
         q, k, v = (linear(h, *weights[n]).unflatten(-1, (-1, d)).transpose(-3, -2) for n in "qkv")  # [..., heads, T, D]
-        return self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, sinks)
+        if variant is None:
+            return self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, sinks)
+        short = _bfloat16 if variant.rounded else _unchanged
+        if not variant.sinks:
+            sinks = sinks.new_full(sinks.shape, -math.inf)
+        q, k = (short(rotate(short(each), cos, sin)) for each in (q, k))
+        return self.attend(q, k, short(v), sinks, variant.window)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, seen: int | None = None) -> Tensor:
         """Causal attention [..., T, heads * D] of q [..., heads, T, D], k and v [..., kv_heads, S, D], sinks [heads].
 
         The T queries are the last of the S positions. A sink is one more column of scores that every
         query sees and that carries no value. A sliding layer's window counts the query itself: it
-        sees keys t - window + 1 ... t.
+        sees keys t - window + 1 ... t; `seen` is another window than the configuration's.
         """
         torch = import_torch()
         *batch, heads, length, d = q.shape
@@ -163,6 +203,8 @@ class Layer:
         keys, values = k.unsqueeze(-3), v.unsqueeze(-3)  # [..., groups, 1, S, D]
         column = sinks.view(groups, -1, 1, 1)
         window = self.window()
+        if window is not None and seen is not None:
+            window = seen
         out = torch.empty((*batch, length, heads * d), device=q.device)
         step = max(16, _SCORES // (math.prod(batch) * heads * total))
         for start in range(0, length, step):
@@ -195,8 +237,9 @@ class Layer:
         weight = self.weight("mlp.router.weight", c.num_local_experts)
         bias = self.weight("mlp.router.bias", c.num_local_experts)
         chosen, shares = [], []
-        for rows in torch.split(x, _ROWS):
-            h = rms_norm(rows, norm, c.rms_norm_eps)
+        for start in range(0, len(x), _ROWS):
+            part = slice(start, start + _ROWS)
+            h = self.rows_of.short(rms_norm(x[part], norm, c.rms_norm_eps), part)
             self.observe((self.prefix + "mlp.router.weight",), None, h)
             top = torch.topk(torch.addmm(bias, h, weight.T), c.num_experts_per_tok, dim=-1)
             chosen.append(top.indices)
@@ -208,28 +251,33 @@ class Layer:
         torch, c = import_torch(), self.config
         norm = self.weight("post_attention_layernorm.weight", c.hidden_size)
         chosen, shares = self.route(x, norm)
+        short = self.rows_of.short
         self.routed(self.index, chosen)
         biases = {
             name: self.weight(f"mlp.experts.{name}_proj.bias", c.num_local_experts) for name in ("gate", "up", "down")
         }
         total = torch.zeros_like(x)
+        used = torch.unique(chosen).tolist()
+        self.weights.expect((self.expert_name(name), e, e + 1) for e in used for name in ("gate", "up", "down"))
         for expert in range(c.num_local_experts):
             rows, slot = torch.where(chosen == expert)
             if len(rows):
                 gate, up, down = (self.expert_weight(name, expert) for name in ("gate", "up", "down"))
                 for part, place in zip(torch.split(rows, _ROWS), torch.split(slot, _ROWS), strict=True):
                     # Normalising again here is cheaper than keeping a second copy of x.
-                    h = rms_norm(x[part], norm, c.rms_norm_eps)
+                    h = short(rms_norm(x[part], norm, c.rms_norm_eps), part)
                     self.observe((self.expert_name("gate"), self.expert_name("up")), expert, h)
-                    inner = self.swiglu(
-                        torch.addmm(biases["gate"][expert], h, gate.T),
-                        torch.addmm(biases["up"][expert], h, up.T),
+                    sides = self.rows_of.in_order(
+                        torch.addmm(biases["gate"][expert], h, gate.T), torch.addmm(biases["up"][expert], h, up.T), part
                     )
+                    inner = short(self.swiglu(*(short(side, part) for side in sides)), part)
                     self.observe((self.expert_name("down"),), expert, inner)
-                    out = torch.addmm(biases["down"][expert], inner, down.T)
+                    out = short(torch.addmm(biases["down"][expert], inner, down.T), part)
                     total.index_add_(0, part, out * shares[part, place, None])
             progress(expert)
         x += total
+        if self.rows_of.any_rounded:
+            x.copy_(short(x, slice(None)))
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """(clamp(up) + 1) * g * sigmoid(alpha * g), g = min(gate, limit); not the usual SwiGLU."""
@@ -244,4 +292,4 @@ class Layer:
 
     def expert_weight(self, projection: str, expert: int) -> Tensor:
         """[N, K] of one expert."""
-        return as_tensor(self.read(self.expert_name(projection), expert, expert + 1)[0], self.device)
+        return self.weights(self.expert_name(projection), expert, expert + 1)[0]

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import ExporterError
-from exporter.model.config import ModelConfig, RopeConfig
-from exporter.model.layer import Layer, Observe, Read, Routed, as_tensor, import_torch, rms_norm
+from exporter.model.config import ModelConfig
+from exporter.model.layer import AsVariant, Layer, Observe, Routed, rms_norm
 from exporter.model.tensors import parameter_count
+from exporter.model.torch import as_tensor, import_torch
+from exporter.model.weights import Read, Weights, on_device
 from exporter.numerics.floats import F32
 from exporter.types import leaves
 
@@ -154,9 +156,9 @@ class _Progress:
 
 def reference_logits(
     config: ModelConfig,
-    read: Read,
+    read: Read | Weights,
     tokens: I64,
-    ropes: Sequence[RopeConfig],
+    ropes: Sequence[AsVariant],
     *,
     top_k: int = DEFAULT_TOP_K,
     device: str = "cpu",
@@ -165,7 +167,7 @@ def reference_logits(
 ) -> list[ReferenceLogits]:
     """The reference's predictions for tokens int64 [W, T], one result for each of `ropes`.
 
-    `read(name, start, stop)` gives float32 rows of a canonical tensor (model/tensors.py). The
+    `read(name, start, stop)` gives float32 rows of a canonical tensor (model/tensors.py), or Weights do. The
     variants share every decoded weight. `routed` hears of the experts that each layer chooses;
     `on_progress(done, total)` counts parameters.
 
@@ -174,16 +176,19 @@ def reference_logits(
     """
     torch = import_torch()
     progress = _Progress(parameter_count(config), on_progress)
+    weights = on_device(read, device)
     with torch.inference_mode():
-        x = embed(config, read, tokens, device)
+        x = embed(config, weights.read, tokens, device)
         progress.add(config.vocab_size * config.hidden_size)
         x = x.expand(len(ropes), *x.shape).contiguous()  # [R, W, T, H]
-        run_layers(config, read, x, ropes, device, routed=routed, progress=progress.add)
-        norm = as_tensor(read("model.norm.weight", 0, config.hidden_size), device)
+        run_layers(config, weights, x, ropes, device, routed=routed, progress=progress.add)
+        norm = weights("model.norm.weight", 0, config.hidden_size)
         rows = rms_norm(x, norm, config.rms_norm_eps).view(-1, config.hidden_size)  # [R * W * T, H]
         head = _Head(config, rows, np.tile(following(tokens), len(ropes)), top_k)
-        for start, stop in leaves((config.vocab_size, config.hidden_size)):
-            head.add(as_tensor(read("lm_head.weight", start, stop), device), start)
+        parts = leaves((config.vocab_size, config.hidden_size))
+        weights.expect(("lm_head.weight", *part) for part in parts)
+        for start, stop in parts:
+            head.add(weights("lm_head.weight", start, stop), start)
             progress.add((stop - start) * config.hidden_size)
     progress.add(progress.total - progress.done)
     return head.results(tokens, len(ropes))
@@ -208,9 +213,9 @@ def embed(config: ModelConfig, read: Read, tokens: I64, device: str) -> Tensor:
 
 def run_layers(
     config: ModelConfig,
-    read: Read,
+    read: Read | Weights,
     x: Tensor,
-    ropes: Sequence[RopeConfig],
+    ropes: Sequence[AsVariant],
     device: str,
     *,
     observe: Observe | None = None,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from exporter.model.layer import Layer, import_torch, rms_norm
+from exporter.model.layer import Layer, rms_norm
+from exporter.model.torch import import_torch
 from exporter.quantize.hessian import Moments, topped_up
 from exporter.quantize.solve import Numbers, Problem, by_scheme, naming
 from exporter.types import QTensor

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from exporter.errors import ExporterError
-from exporter.model.layer import import_torch
+from exporter.model.torch import import_torch
 from exporter.quantize.grids import Grid
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from exporter.model.layer import import_torch
+from exporter.model.torch import import_torch
 from exporter.numerics import e2m1
 from exporter.numerics.bits import pack_nibbles
 from exporter.numerics.intq import F16_MAX

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from exporter.model.layer import import_torch
+from exporter.model.torch import import_torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from exporter.errors import ExporterError
 from exporter.model.config import ModelConfig
-from exporter.model.layer import Layer, as_tensor, import_torch, rms_norm
+from exporter.model.layer import Layer, rms_norm
 from exporter.model.reference import I64, embed
+from exporter.model.torch import as_tensor, import_torch
 from exporter.quantize.experts import ExpertSlices
 from exporter.quantize.hessian import Moments
 from exporter.quantize.solve import Facts, Numbers, Problem, by_scheme, naming

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from exporter.errors import ExporterError
-from exporter.model.layer import as_tensor, import_torch
+from exporter.model.torch import as_tensor, import_torch
 from exporter.numerics import e2m1
 from exporter.numerics.floats import F32
 from exporter.quantize.gptq import Factor, Solved, correction, factor, gptq
