@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,18 @@ from exporter.pipeline.progress import Progress, worker_stages
 from exporter.pipeline.prove_onnx import PROVIDERS, missing_provider
 from exporter.validate import child, onnxruntime, text
 from exporter.validate.child import OnProgress
+from exporter.validate.hardware import hardware
 from exporter.validate.onnx_kernels import CPU
 from exporter.validate.onnx_rules import require_runnable
 from exporter.validate.onnx_session import import_onnxruntime
 from exporter.validate.runtime import bench_gguf
+from exporter.validate.speed import PROMPT_TEXT, Plan
 from exporter.validate.text import I64
 
 _CONFIG = "genai_config.json"
 _CONFIG_CAP = 1 << 20  # bytes
-_HOURS = 4 * 3600.0  # seconds that one runtime may take
+_REPORT_CAP = 64 << 20  # bytes
+_HOURS = 4 * 3600.0  # seconds that one runtime may take beside its tests
 _IDS = 1000  # made-up tokens are below this
 
 
@@ -49,13 +51,21 @@ class Subject:
 
 @dataclass(frozen=True)
 class Ask:
-    """`prompt` tokens at once, then `generate` greedy ones, `repeats` times. threads 0: as many as suit the machine."""
+    """Prompts of so many tokens, then `generate` tokens at each of `depths`; see speed.Plan.
 
-    prompt: int = 512
+    seconds: for all the tests of one runtime. threads 0: as many as suit the machine.
+    """
+
+    prompts: Sequence[int] = (512, 2048)
     generate: int = 64
+    depths: Sequence[int] = (0, 8192, 32768)
     repeats: int = 3
+    seconds: float = 600.0
     threads: int = 0
     provider: str = "auto"
+
+    def plan(self, context: int = 0) -> Plan:
+        return Plan(self.prompts, self.generate, self.depths, self.repeats, self.seconds, context)
 
 
 def find_subject(path: Path) -> Subject:
@@ -124,8 +134,10 @@ def _genai_config(folder: Path) -> dict[str, Any]:
 def bench(subject: Subject, ask: Ask, progress: Progress) -> dict[str, Any]:
     """`runs`, one for each runtime, and `not_run`: the others, with the reason.
 
-    A run: runtime, version, provider, load_seconds, prefill and decode (median, low, high and every run, in
-    tokens per second; None where it does not say), peak_rss_bytes.
+    A run: runtime, version, provider, load_seconds, ttft_seconds (from a prompt of `ttft_prompt` tokens to its first
+    token), `tests` and `not_run` of speed.extended, the first prompt and the first generation of them as `prefill`
+    and `decode` (median, low, high and every run, in tokens per second), peak_rss_bytes of all tests together, and
+    predicted_memory_bytes where the artifact's report has what was planned for its profile.
     Raises the first reason where nothing runs.
     """
     _require_sound(subject, ask)
@@ -133,13 +145,19 @@ def bench(subject: Subject, ask: Ask, progress: Progress) -> dict[str, Any]:
     report: dict[str, Any] = {
         "artifact": str(subject.graph),
         "format": subject.format,
-        "prompt_tokens": ask.prompt,
+        "prompt_tokens": ask.prompts[0],
+        "prompts": list(ask.prompts),
         "generated_tokens": ask.generate,
+        "depths": list(ask.depths),
         "repeats": ask.repeats,
+        "seconds": ask.seconds,
         "threads": threads,
         "usable_cpus": usable_cpus(),
         "load_average_before": child.load_average(),
+        "hardware": hardware(),
     }
+    if predicted := _predicted(subject.folder):
+        report["predicted_memory"] = predicted
     runtimes = _in_llama(subject, ask, threads) if subject.format == "gguf" else _in_onnx(subject, ask, threads)
     runs: list[dict[str, Any]] = []
     failed: dict[str, ExporterError] = {}
@@ -155,18 +173,31 @@ def bench(subject: Subject, ask: Ask, progress: Progress) -> dict[str, Any]:
 
 
 def _require_sound(subject: Subject, ask: Ask) -> None:
-    """Refuse what no runtime should be asked for: more than the model takes, and data of ours that are not whole.
+    """Refuse what no runtime should be asked for: only more than the model takes, and data of ours that are not whole.
 
     What other tools made may lie behind links, as a cache of downloads does.
     """
-    if subject.context and ask.prompt + ask.generate > subject.context:
+    shortest = min([*ask.prompts, *(max(depth, 1) + ask.generate for depth in ask.depths)])
+    if subject.context and shortest > subject.context:
         raise UsageError(
-            f"{ask.prompt:,} and {ask.generate:,} tokens are more than the {subject.context:,} that the model takes",
+            f"{shortest:,} tokens are more than the {subject.context:,} that the model takes",
             hint="a smaller --prompt or --tokens",
         )
     if subject.format == "onnx" and (subject.folder / "manifest.json").is_file():
         for graph in dict.fromkeys((subject.graph, subject.genai or subject.graph)):
             read_initializers(graph, subject.folder)
+
+
+def _predicted(folder: Path) -> dict[str, Any]:
+    """`total` bytes and `context` of the plan that the artifact was made by; empty where no report says it."""
+    path = folder / "report.json"
+    try:
+        if path.stat().st_size > _REPORT_CAP:
+            return {}
+        said = json.loads(path.read_bytes())["predicted_memory"]
+        return {key: int(said[key]) for key in ("total", "context")}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 Measure = Callable[[OnProgress], dict[str, Any]]
@@ -178,13 +209,7 @@ def _in_llama(subject: Subject, ask: Ask, threads: int) -> dict[str, Measure]:
 
     def measure(on_progress: OnProgress) -> dict[str, Any]:
         answer = bench_gguf(
-            subject.graph,
-            threads=threads,
-            prompt=ask.prompt,
-            generate=ask.generate,
-            repeats=ask.repeats,
-            time_limit=_HOURS,
-            on_progress=on_progress,
+            subject.graph, ask.plan(), threads=threads, time_limit=_time_limit(ask), on_progress=on_progress
         )
         return _run(answer, "cpu", answer["speed"])
 
@@ -193,17 +218,17 @@ def _in_llama(subject: Subject, ask: Ask, threads: int) -> dict[str, Measure]:
 
 def _in_onnx(subject: Subject, ask: Ask, threads: int) -> dict[str, Measure]:
     device, provider = _provider(subject, ask.provider)
-    tokens = _tokens(subject, ask)
-    settings: dict[str, Any] = {"threads": threads, "generate": ask.generate, "repeats": ask.repeats}
+    tokens = _tokens(subject)
+    settings: dict[str, Any] = {"threads": threads, "time_limit": _time_limit(ask)}
+    plan = ask.plan(subject.context)
 
     def plain(on_progress: OnProgress) -> dict[str, Any]:
         answer = onnxruntime.bench(
             subject.graph,
             tokens,
+            plan,
             provider=provider,
-            prompt=ask.prompt,
             head_size=subject.head_size,
-            time_limit=_HOURS,
             on_progress=on_progress,
             **settings,
         )
@@ -215,17 +240,16 @@ def _in_onnx(subject: Subject, ask: Ask, threads: int) -> dict[str, Measure]:
         require_runnable(subject.genai, provider)
         own = "cpu" if provider == CPU else ""
         answer = onnxruntime.bench_genai(
-            subject.folder,
-            tokens[:1],
-            provider=own,
-            context=max(ask.prompt + ask.generate + 1, 256),  # its kernels want room for the attention window
-            time_limit=_HOURS,
-            on_progress=on_progress,
-            **settings,
+            subject.folder, tokens, plan, provider=own, on_progress=on_progress, **settings
         )
         return _run(answer, device if own else "as configured", answer)
 
     return {"onnxruntime": plain, "onnxruntime-genai": genai}
+
+
+def _time_limit(ask: Ask) -> float:
+    """Seconds after which a runtime is stopped: the tests have their own, loading and the last run are beside them."""
+    return _HOURS + 2 * ask.seconds
 
 
 def _provider(subject: Subject, asked: str) -> tuple[str, str]:
@@ -242,25 +266,30 @@ def _provider(subject: Subject, asked: str) -> tuple[str, str]:
     return asked, PROVIDERS[asked]
 
 
-def _tokens(subject: Subject, ask: Ask) -> I64:
-    """int64 [repeats, prompt]: held-out text, or numbers where the folder has no tokenizer."""
+def _tokens(subject: Subject) -> I64:
+    """int64 [1, n]: held-out text, or numbers where the folder has no tokenizer."""
     tokenizer = subject.folder / "tokenizer.json"
     if tokenizer.is_file():
-        return text.windows(tokenizer, text.standard_library(), ask.repeats, ask.prompt).tokens
-    return np.random.default_rng(0).integers(1, _IDS, (ask.repeats, ask.prompt))
+        return text.windows(tokenizer, text.standard_library(), 1, PROMPT_TEXT).tokens
+    return np.random.default_rng(0).integers(1, _IDS, (1, PROMPT_TEXT))
 
 
 def _run(answer: Mapping[str, Any], provider: str, speed: Mapping[str, Any]) -> dict[str, Any]:
+    tests = speed["tests"]
     return {
         "version": answer["version"],
         "provider": provider,
-        "load_seconds": speed["load_seconds"],
-        "prefill": _spread(speed.get("prefill_runs")),
-        "decode": _spread(speed.get("decode_runs")),
+        "load_seconds": answer.get("load_seconds", speed.get("load_seconds")),
+        **{key: speed[key] for key in ("ttft_seconds", "ttft_prompt", "prompts_are") if key in speed},
+        "prefill": _spread(tests, "prompt"),
+        "decode": _spread(tests, "generate"),
+        "tests": tests,
+        "not_run": speed["not_run"],
         "peak_rss_bytes": answer["memory"]["peak_rss_bytes"],
     }
 
 
-def _spread(runs: list[float] | None) -> dict[str, Any] | None:
-    """Tokens per second of some runs."""
-    return {"median": statistics.median(runs), "low": min(runs), "high": max(runs), "runs": runs} if runs else None
+def _spread(tests: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any] | None:
+    """Tokens per second of the first test of a kind."""
+    found = [test for test in tests if test["kind"] == kind]
+    return {key: found[0][key] for key in ("median", "low", "high", "runs")} if found else None

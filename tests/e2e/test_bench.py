@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -9,11 +10,18 @@ import onnxruntime_genai
 import pytest
 
 from exporter.errors import UsageError
-from exporter.pipeline.bench import find_subject
+from exporter.pipeline.bench import _predicted, find_subject
 from exporter.pipeline.profiles import source_text
+from exporter.validate import genai, genai_worker, llama_worker, onnx_worker
+from exporter.validate import onnxruntime as validate_onnx
+from exporter.validate import runtime as validate_runtime
+from exporter.validate.child import OverLimit
+from exporter.validate.limits import Limit
+from exporter.validate.onnx_kernels import CPU
+from exporter.validate.speed import Plan
 from tests.conftest import DEMO, run_exporter
 
-SHORT = ("--prompt", "48", "--tokens", "8", "--repeats", "2", "--threads", "1")
+SHORT = ("--prompt", "48", "--tokens", "8", "--depth", "0", "--repeats", "2", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +48,18 @@ def bench(*arguments):
     return run_exporter("bench", *SHORT, *arguments)
 
 
-def sound(run, prefill=True):
-    """Two runs of each rate, in order, and the memory of a process that held the weights."""
-    for kind in ("prefill", "decode") if prefill else ("decode",):
-        rates = run[kind]
+def sound(run):
+    """Two runs of each test, in order, and the memory of a process that held the weights."""
+    for rates in (run["prefill"], run["decode"], *run["tests"]):
         assert len(rates["runs"]) == 2
         assert 0 < rates["low"] <= rates["median"] <= rates["high"]
+    assert [test["test"] for test in run["tests"]] == ["pp48", "tg8"]
+    assert run["not_run"] == {}
+    assert 0 < run["tests"][1]["latency_ms"]["median"] <= run["tests"][1]["latency_ms"]["p99"]
+    assert run["ttft_prompt"] == 48
+    assert run["ttft_seconds"] == pytest.approx(48 / run["prefill"]["median"])
     assert 0 < run["load_seconds"] < 60
-    assert 10e6 < run["peak_rss_bytes"] < 2e9
+    assert 10e6 < run["tests"][0]["peak_rss_bytes"] <= run["peak_rss_bytes"] < 2e9
 
 
 def test_an_onnx_folder_in_both_runtimes(made):
@@ -55,13 +67,15 @@ def test_an_onnx_folder_in_both_runtimes(made):
     assert done.code == 0, done.err
     plain, genai = done.json["runs"]
     sound(plain)
-    sound(genai, prefill=False)
+    sound(genai)
     assert (plain["runtime"], plain["version"]) == ("onnxruntime", onnxruntime.__version__)
     assert (genai["runtime"], genai["version"]) == ("onnxruntime-genai", onnxruntime_genai.__version__)
     assert plain["provider"] == genai["provider"] == "cpu"
     assert done.json["not_run"] == {}
-    asked = {key: done.json[key] for key in ("prompt_tokens", "generated_tokens", "repeats", "threads")}
-    assert asked == {"prompt_tokens": 48, "generated_tokens": 8, "repeats": 2, "threads": 1}
+    asked = {key: done.json[key] for key in ("prompt_tokens", "generated_tokens", "repeats", "threads", "depths")}
+    assert asked == {"prompt_tokens": 48, "generated_tokens": 8, "repeats": 2, "threads": 1, "depths": [0]}
+    assert done.json["hardware"]["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert "predicted_memory" not in done.json
 
 
 def test_a_gguf_in_llama_cpp(made):
@@ -71,6 +85,57 @@ def test_a_gguf_in_llama_cpp(made):
     sound(run)
     assert done.json["format"] == "gguf"
     assert run["runtime"] == "llama.cpp"
+
+
+def test_lists_of_tests_and_those_that_do_not_fit(made, tmp_path):
+    """The text, with what the plan of the profile said beside it."""
+    path = shutil.copytree(made["gguf"], tmp_path / "copy")
+    (path / "report.json").write_text(json.dumps({"predicted_memory": {"total": 12_300_000_000, "context": 32768}}))
+    done = bench(path, "--prompt", "16,48,16", "--depth", "0,100,200000", "--tokens", "4")
+    assert done.code == 0, done.err
+    rows = [line.split() for line in done.out.splitlines() if line.strip().startswith("llama.cpp") and " cpu " in line]
+    assert [" ".join(row[3 : row.index("±") - 1]) for row in rows] == ["pp16", "pp48", "tg4", "tg4 @ d100"]
+    assert "llama.cpp, tg4 @ d200000: not run: 200,004 tokens are more than the context of 131,072" in done.out
+    assert "first token of a prompt of 16 after" in done.out
+    assert "Planned for its profile: 12.3 GB at a context of 32,768 tokens." in done.out
+
+
+def test_few_seconds_leave_tests_out(made):
+    done = bench(made["gguf"], "--depth", "0,100000", "--seconds", "1", "--json")
+    assert done.code == 0, done.err
+    (run,) = done.json["runs"]
+    assert "would take about" in run["not_run"]["tg8 @ d100000"]
+
+
+def in_runtime(made, runtime, limit):
+    """A short run of the artifact's weights under a limit."""
+    graph, plan = find_subject(Path(made["onnx"])).graph, Plan(prompts=(64,), depths=(0,), generate=4)
+    if runtime == "llama.cpp":
+        path = find_subject(Path(made["gguf"])).graph
+        asked = llama_worker.Request(str(path), {}, "", [], 1, repeats=0, plan=plan)
+        return validate_runtime.run_worker(asked, 60, limit=limit)
+    if runtime == "onnxruntime":
+        asked = onnx_worker.Request(str(graph), 1, CPU, speed=[[5, 6, 7]], repeats=0, plan=plan)
+        return validate_onnx._run(asked, 60, None, limit)
+    asked = genai_worker.Request(str(graph.parent), 1, 256, repeats=0, plan=plan, text=[5, 6, 7])
+    return genai.run_genai(asked, 60, None, limit)
+
+
+@pytest.mark.parametrize("runtime", ["llama.cpp", "onnxruntime", "onnxruntime-genai"])
+def test_a_runtime_under_a_limit(made, runtime):
+    files = tuple(path for path in Path(made["onnx"]).glob("*.onnx*"))
+    memory = in_runtime(made, runtime, Limit(600 << 20, "", files))["memory"]
+    assert memory["limit_bytes"] == 600 << 20
+    if memory["limit_by"] != "cgroup":
+        pytest.skip("no control group for memory can be made here")
+    with pytest.raises(OverLimit, match=rf"needs more than the 0\.03 GB of a toy in {runtime}$"):
+        in_runtime(made, runtime, Limit(30_000_000, "the 0.03 GB of a toy"))
+
+
+@pytest.mark.parametrize("said", ["", "[]", '{"predicted_memory": {"total": "x", "context": 1}}', "[" * 100_000])
+def test_a_report_that_is_none(tmp_path, said):
+    (tmp_path / "report.json").write_text(said)
+    assert _predicted(tmp_path) == {}
 
 
 def test_a_graph_alone(folder):
@@ -95,7 +160,7 @@ def test_a_folder_for_genai_alone(folder):
     done = bench(folder, "--json")
     assert done.code == 0, done.err
     (run,) = done.json["runs"]
-    sound(run, prefill=False)
+    sound(run)
     assert "cannot run" in done.json["not_run"]["onnxruntime"]
 
 
@@ -145,6 +210,13 @@ def test_weights_that_are_cut_off(folder):
         (("--provider", "cuda"), "no CUDAExecutionProvider here", 4),
         (("--threads", "none"), "is not a valid", 2),
         (("--prompt", "1"), "1 is not in the range", 2),
+        (("--prompt", "64,x"), "'x' is not a valid integer", 2),
+        (("--depth", "-1"), "-1 is not in the range", 2),
+        (
+            ("--prompt", "200000", "--depth", "200000"),
+            "200,000 tokens are more than the 131,072 that the model takes",
+            2,
+        ),
     ],
 )
 def test_a_wrong_request(made, arguments, told, code):
