@@ -19,7 +19,11 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Check": {
         "validate": ("exporter.cli.validate", "Prove an artifact that is there already."),
         "fit": ("exporter.cli.fit", "Show whether a model fits a device, byte by byte."),
+        "verify": ("exporter.cli.verify", "Judge anyone's artifact against a checkpoint."),
+        "compare": ("exporter.cli.compare", "Show the reports of several artifacts side by side."),
         "bench": ("exporter.cli.bench", "Measure the speed and the memory of an artifact on this machine."),
+        "serve": ("exporter.cli.serve", "Serve an artifact in its real runtime to anyone's harness."),
+        "score": ("exporter.cli.score", "Score an artifact in tasks, in its real runtime."),
         "inspect": ("exporter.cli.inspect", "Describe a checkpoint."),
         "doctor": ("exporter.cli.doctor", "Look for everything that is wrong with a checkpoint."),
     },

@@ -75,10 +75,15 @@ def _debug() -> None:
 
 
 def _report(message: str, hint: str | None, code: int, as_json: bool) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     if hint:
-        print(f"  hint: {hint}", file=sys.stderr)
+        print(f"  hint: {_one_line(hint)}", file=sys.stderr)
     if as_json:
         with contextlib.suppress(OSError):  # stdout may be what failed
             print(json.dumps({"status": "error", "message": message, "hint": hint, "exit_code": code}))
     return code
+
+
+def _one_line(text: str) -> str:
+    """A path may hold anything: line ends and terminal codes are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

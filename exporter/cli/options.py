@@ -55,6 +55,11 @@ calibration = click.option(
     metavar="TEXT",
     help="What gptq learns from: standard-library, self, a file or folder, or a Hub dataset; see docs/calibration.md.",
 )
+text = click.option(
+    "--text",
+    metavar="TEXT",
+    help='What to measure on: a file or folder of rows {"messages"} or {"text"}, or a Hub dataset; see docs/proof.md.',
+)
 device = click.option(
     "--device",
     metavar="NAME",

@@ -45,7 +45,13 @@ def command(name: str | None, as_json: bool) -> None:
             {
                 "profiles": [
                     {"name": p.name, "title": p.title, "model": p.model, "hardware": asdict(p.hardware)}
-                    | {"artifacts": [asdict(a) for a in p.artifacts], "gates": dict(p.gates)}
+                    | {
+                        "artifacts": [asdict(a) for a in p.artifacts],
+                        "gates": {
+                            "every": dict(p.gates.every),
+                            **{str(name): dict(g) for name, g in p.gates.classes.items()},
+                        },
+                    }
                     for p in loaded
                 ],
                 "recipes": [{"name": r.name, "title": r.title} for r in recipes],

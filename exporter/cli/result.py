@@ -59,12 +59,16 @@ def _row(result: Any) -> dict[str, Any]:
             "gates": report["gates"],
         }
         # What only some runtimes measure.
-        row |= {key: report[key] for key in ("speed", "memory", "not_run") if report.get(key)}
+        row |= {key: report[key] for key in _BESIDE if report.get(key)}
+        row |= {"class": report["subject"]["class"], "hardware_target": report["target"]}
+        row["metrics"]["texts"] = {name: column.get("all") for name, column in report["accuracy"].items()}
         extra = {name: report.get(key) for name, key in _FIGURES.items()}
         row["metrics"] |= {name: found for name, found in extra.items() if found}
     return row
 
 
+# Keys of the report that are the answer's as well.
+_BESIDE = ("speed", "memory", "twins", "floor", "generation", "controls", "not_run")
 _LEGEND = {
     "llama.cpp": "KL and top-1 against the bf16 reference as released; "
     "* against the reference as llama.cpp computes it.",
@@ -156,9 +160,27 @@ def _remarks(row: dict[str, Any], of: str, first: bool) -> None:
     if g := row["metrics"].get("gpu"):
         figures = f"KL {g['kl_mean']:.2e}, top-1 {g['top1']:.2%}" if "error" not in g else g["error"]
         say(f"{of}engines on {g['name']}: {figures}")
+    if row.get("twins") and not row["twins"]["passed"]:
+        say(f"{of}it behaves like: {row['twins']['nearest']}")
+    _say_controls(of, row.get("controls", []))
     for reason in dict.fromkeys(row.get("not_run", {}).values()):
         say(f"{of}not run: {reason}")
-    say(f"{row['path']}/report.json")
+    say(f"{row['path']}/report.html")
+
+
+def _say_controls(of: str, controls: list[dict[str, Any]]) -> None:
+    """How many known mistakes were caught, every one that was not, and those that it cannot have."""
+    if not controls:
+        return
+    made = [c for c in controls if c["applies"]]
+    caught = [c for c in made if c["caught"]]
+    seen = sum(c["by_behaviour"] for c in caught)
+    say(f"{of}known-bad copies: {len(caught)} of {len(made)} failed a gate, as they must; {seen} by how they behave")
+    for control in controls:
+        if not control["applies"]:
+            say(f"{of}{control['name']}: not made, {control['why_not']}")
+        elif not control["caught"]:
+            say(f"{of}{control['name']}: NOT caught")
 
 
 def say_engines(of: str, engines: dict[str, Any]) -> None:

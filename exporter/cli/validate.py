@@ -21,6 +21,12 @@ from exporter.cli.result import answer, say_engines
     "--recipe", metavar="NAME|FILE", help="The recipe, where neither PATH's name nor the profile leads to it."
 )
 @options.context
+@options.text
+@click.option(
+    "--controls",
+    is_flag=True,
+    help="Also prove a copy with each of eight known mistakes: some gate must fail. Takes its time, and room.",
+)
 @options.device
 @click.option(
     "--sm", "sms", type=int, multiple=True, metavar="N", help="Graphs: only this GPU (89 for 8.9). Repeatable."
@@ -34,6 +40,8 @@ def command(
     profile: str | None,
     recipe: str | None,
     context: int | None,
+    text: str | None,
+    controls: bool,
     device: str,
     sms: tuple[int, ...],
     engines: bool,
@@ -44,7 +52,7 @@ def command(
 
     PATH is a folder that `exporter quantize` made: its files must be as SHA256SUMS says, every tensor is
     unpacked and compared, and it is run in its real runtime against the checkpoint that it was made of.
-    Nothing is quantized, and report.json is written anew. Exit code 3 when a gate fails.
+    Nothing is quantized; report.json, report.md and report.html are written anew. Exit code 3 when a gate fails.
 
     PATH may also be an .onnx file, or a folder with some, of any tool: they are looked at by the rules
     of TensorRT's parser, for each GPU. Exit code 3 when a graph breaks one.
@@ -60,6 +68,7 @@ def command(
 
     graphs = find_graphs(artifact)
     ours = {"--model": model, "--profile": profile, "--recipe": recipe, "--context": context}
+    ours |= {"--text": text, "--controls": controls}
     theirs = {"--sm": sms, "--engines": engines}
     if wrong := next((name for name, value in (theirs if graphs is None else ours).items() if value), None):
         kind = "is an artifact of exporter's" if graphs is None else "is no artifact of exporter's"
@@ -67,7 +76,7 @@ def command(
     if graphs is None:
         from exporter.pipeline.validate import Ask, validate
 
-        ask = Ask(artifact, model, profile, recipe, context, device)
+        ask = Ask(artifact, model, profile, recipe, context, device, text, controls)
         return answer(lambda watch: validate(ask, watch), quiet, as_json)
     stoppable()
     report = judge(artifact, graphs, sms, engines, progress(quiet or as_json))

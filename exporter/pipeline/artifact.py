@@ -224,20 +224,49 @@ class Maker:
 
     # The proof
 
-    def prove(self, folder: Path, artifact: ArtifactPlan, facts: Provenance) -> dict[str, Any]:
-        """The report on a finished artifact in `folder`, of the digests in `facts`; see prove.prove."""
-        from exporter.pipeline.prove import prove
+    def prove(
+        self, folder: Path, artifact: ArtifactPlan, facts: Provenance, rounded: bool, controls: bool = False
+    ) -> dict[str, Any]:
+        """The report on a finished artifact in `folder`, of the digests in `facts`; see prove.Proof.
 
-        layouts = artifact.format.layout(self.job(artifact, facts))
-        profile, digests, threads = self.plan.profile, facts.tensor_digests, runtime_threads()
-        return prove(folder, artifact, layouts, profile, self._reference, digests, self.workers, threads, self.progress)
+        `rounded`: whether blocks off the MXFP4 grid were rounded; `controls`: also on known-bad copies of it.
+        """
+        from exporter.pipeline.prove import Proof
+
+        job = self.job(artifact, facts)
+        proof = Proof(
+            artifact=artifact,
+            layouts=artifact.format.layout(job),
+            profile=self.plan.profile,
+            name=self.model.name,
+            reference=self._reference,
+            expected=facts.tensor_digests,
+            workers=self.workers,
+            threads=runtime_threads(),
+            progress=self.progress,
+            rounded=rounded,
+        )
+        report = proof.prove(folder)
+        if controls:
+            from exporter.pipeline.controls import run_controls
+
+            failing = [gate["name"] for gate in report["gates"] if not gate["passed"]]
+            report["controls"] = made = run_controls(folder, job, proof, failing)
+            if caught := [control["caught"] for control in made if control["applies"]]:
+                report["controls_caught"] = all(caught)
+            report = proof.finish(folder, report)
+        return report
 
     @functools.cached_property
     def _reference(self) -> Any:
+        from exporter.pipeline.measured import measured_text
         from exporter.pipeline.reference import Reference
 
         device = resolve_device(self.request.device)
-        made = Reference(self.model, self.plan.profile, self.folder / "reference", device, self.progress)
+        profile, texts = self.plan.profile, None
+        if self.request.text:
+            texts = measured_text(self.request.text, self.model.checkpoint, profile.validate, self.progress)
+        made = Reference(self.model, profile, self.folder / "reference", device, self.progress, texts=texts)
         self.require_unchanged()
         return made
 

@@ -172,7 +172,7 @@ def _experts_at_once(config: ModelConfig, device: str) -> int:
     """On a GPU as many experts as half of its free memory takes; on a CPU a batch gains nothing."""
     if not device.startswith("cuda"):
         return 1
-    from exporter.model.layer import import_torch
+    from exporter.model.torch import import_torch
 
     free = import_torch().cuda.mem_get_info(device)[0]
     k = max(config.hidden_size, config.intermediate_size)

@@ -12,13 +12,16 @@ from exporter.errors import Refused
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`; Refused when another run does. The kernel lets go when a process dies, however it dies."""
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `folder`; Refused when another run does, unless it is to `wait` for that.
+
+    The kernel lets go when a process dies, however it dies.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             raise Refused(

@@ -10,33 +10,34 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import exporter
-from exporter.errors import ExporterError
-from exporter.formats.base import FileLayout, Format, Located
+from exporter.formats.base import FileLayout, Format
+from exporter.model import ModelConfig, parameter_count
 from exporter.model.reference import ReferenceLogits
-from exporter.numerics import decode
-from exporter.numerics.floats import F32
 from exporter.pipeline import leaves as parallel
-from exporter.pipeline import regions
-from exporter.pipeline.files import write_whole
+from exporter.pipeline.judge import against, begin, finish, subject, tasks_of, verdicts
+from exporter.pipeline.manifest import total_digest
+from exporter.pipeline.own import in_our_forward, own_forward, read_back, reading
 from exporter.pipeline.plan import ArtifactPlan
 from exporter.pipeline.progress import Progress, worker_stages
 from exporter.pipeline.prove_onnx import in_onnxruntime, missing_provider, provider_for
 from exporter.pipeline.prove_tensorrt import in_tensorrt
 from exporter.pipeline.quantize import tasks
 from exporter.pipeline.reference import Reference
+from exporter.pipeline.target import limit_for
 from exporter.types import leaf_count, leaf_range, tensor_digest
-from exporter.types.gates import GATES
+from exporter.types.gates import GATES, LossClass
 from exporter.types.profile import Profile
-from exporter.types.qtensor import U8
-from exporter.types.recipe import Step
-from exporter.validate import gates, text
-from exporter.validate.metrics import between, summary
-from exporter.validate.runtime import compare_ids, prove_gguf
+from exporter.types.recipe import Step, loss_of
+from exporter.validate.limits import Limit
+from exporter.validate.runtime import prove_gguf
+
+# What our own forward says of a whole model where a runtime computed only its first layers.
+_FIGURES = ("export", "release", "accuracy", "twins", "floor", "generation", "router", "not_run")
 
 
 def check_digests(
@@ -92,76 +93,130 @@ def as_laid_out(path: Path, layout: FileLayout) -> bool:
     return True
 
 
-def read_back(descriptor: int, place: Located, step: Step, start: int, stop: int) -> list[U8]:
-    """The arrays of some leading indices of a tensor, from the open file that has them."""
-    arrays = regions.read_all(descriptor, place.parts, start, stop)
-    if arrays is None:
-        raise ExporterError(
-            f"{place.path.name}: ends inside {step.name}", hint="exporter quantize ... --overwrite makes it again"
-        )
-    return arrays
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """What an artifact of ours is proved with.
 
-
-def prove(
-    folder: Path,
-    artifact: ArtifactPlan,
-    layouts: Sequence[FileLayout],
-    profile: Profile,
-    reference: Reference,
-    expected: Mapping[str, str],
-    workers: int,
-    threads: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The report on one artifact, written to `report.json` in its folder as well.
-
-    `layouts`: of its files, all digests known; `expected`: digest by tensor.
+    layouts: of its files, all digests known. name: of the model. expected: digest by tensor. rounded: whether blocks of
+    floats off the MXFP4 grid were rounded to it, which its recipe does not tell.
     """
-    (folder / "report.json").unlink(missing_ok=True)  # whatever it said, it is judged anew
-    digests = check_digests(folder, artifact.format, artifact.steps, expected, workers, progress)
-    report: dict[str, Any] = {
-        "digests": digests,
-        "digests_equal": digests["equal"] == digests["tensors"],
-        "head_equal": all(as_laid_out(folder / each.filename, each) for each in layouts),
-        "predicted_memory": {**asdict(artifact.fit), "total": artifact.fit.total},
-        "text": {
-            "source": reference.windows.source,
-            "sha256": reference.windows.sha256,
-            "tokens": int(reference.windows.tokens.size),
-            "windows": list(reference.windows.tokens.shape),
-        },
-        "profile": {"name": profile.name, "sha256": profile.sha256},
-    }
-    report |= _run(folder, artifact, layouts[0].filename, reference, threads, progress)
-    limits = {**_format_gates(artifact.format, report), **profile.gates, **artifact.recipe.gates}
-    verdicts = gates.evaluate(report, limits)
-    report["gates"] = [asdict(v) for v in verdicts]
-    report["status"] = "passed" if all(v.passed for v in verdicts) else "gate failed"
-    write_whole(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    return report
+
+    artifact: ArtifactPlan
+    layouts: Sequence[FileLayout]
+    profile: Profile
+    name: str
+    reference: Reference
+    expected: Mapping[str, str]
+    workers: int
+    threads: int
+    progress: Progress
+    rounded: bool = False
+
+    @property
+    def loss(self) -> LossClass:
+        """What the artifact may lose."""
+        return "lossy" if self.rounded else loss_of(self.artifact.steps)
+
+    def prove(self, folder: Path) -> dict[str, Any]:
+        """The report on the artifact in `folder`, written there as well."""
+        before = begin(folder)
+        report = self.examine(folder)
+        return self.finish(folder, report | tasks_of(before, report["subject"]["digest"]))
+
+    def finish(self, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+        """The report with its gates and verdict, written."""
+        return finish(folder, report, self.profile, self.limits(report), no_limit="no runtime was asked for memory")
+
+    def examine(self, folder: Path, quick: bool = False) -> dict[str, Any]:
+        """The report before it is judged. `quick`: nothing of speed, only what tells right from wrong."""
+        artifact, steps = self.artifact, self.artifact.steps
+        digests = check_digests(folder, artifact.format, steps, self.expected, self.workers, self.progress)
+        files = [folder / layout.filename for layout in self.layouts]
+        report: dict[str, Any] = {
+            **against(self.reference, self.name),
+            "subject": subject(
+                self.name,
+                artifact.format.name,
+                files,
+                self.loss,
+                parameter_count(self.reference.checkpoint.config),
+                recipe=artifact.recipe.name,
+                to=artifact.spec.target,
+                tool=f"exporter {exporter.__version__}",
+                digest=total_digest(self.expected),
+            ),
+            "digests": digests,
+            "digests_equal": digests["equal"] == digests["tensors"],
+            "head_equal": all(as_laid_out(folder / each.filename, each) for each in self.layouts),
+            "predicted_memory": {**asdict(artifact.fit), "total": artifact.fit.total},
+        }
+        return report | self._run(folder, limit_for(self.profile, files), quick)
+
+    def limits(self, report: Mapping[str, Any]) -> dict[str, float | bool]:
+        """All gates of the artifact: the format's, the profile's for its class, the recipe's."""
+        own = _format_gates(self.artifact.format, report)
+        if "controls_caught" in report:
+            own["controls_caught"] = True
+        if "limit_held" in report.get("memory", {}):
+            own["memory_limit_held"] = True
+        return {**own, **self.profile.gates.of(self.loss), **self.artifact.recipe.gates}
+
+    def judge(self, folder: Path) -> tuple[list[str], float | None]:
+        """The gates that the artifact in `folder` fails in a quick proof, and its mean KL."""
+        report = self.examine(folder, quick=True)
+        failed = [v.name for v in verdicts(report, self.limits(report)) if not v.passed]
+        return failed, report["release"]["kl_mean"]
+
+    # What the format's prover finds
+
+    def _run(self, folder: Path, limit: Limit, quick: bool) -> dict[str, Any]:
+        artifact, reference, threads = self.artifact, self.reference, self.threads
+        prover, target, filename = artifact.format.prover, artifact.spec.target, self.layouts[0].filename
+        if prover == "llama.cpp":
+            return in_llama_cpp(folder / filename, reference, threads, limit, self.progress, quick)
+        if prover == "reference":
+            return self._in_our_forward(folder, quick)
+        if prover == "tensorrt" and quick:  # an engine tells right from wrong no better than the weights in its graphs
+            report = self._in_our_forward(folder, quick)
+            report["not_run"]["tensorrt"] = "left out"
+            return report
+        if prover == "tensorrt":
+            return self._in_tensorrt(folder)
+        provider = provider_for(target, artifact.steps)
+        if provider is None:
+            report = self._in_our_forward(folder, quick)
+            report["runtime"]["executed_on_target"] = False
+            report["not_run"]["onnxruntime"] = missing_provider(target)
+            return report
+        own = own_forward(folder, artifact, reference)
+        told = worker_stages(self.progress, "onnxruntime")
+        report = in_onnxruntime(folder, filename, target, provider, reference, own, threads, limit, told, quick)
+        self.progress.done()
+        return report
+
+    def _in_tensorrt(self, folder: Path) -> dict[str, Any]:
+        def figures() -> dict[str, Any]:
+            found = self._in_our_forward(folder, quick=False)
+            return {key: found[key] for key in _FIGURES if key in found}
+
+        def own(compared: Reference) -> ReferenceLogits:
+            return own_forward(folder, self.artifact, compared)
+
+        told = worker_stages(self.progress, "tensorrt")
+        report = in_tensorrt(folder, self.reference, own, figures, self.threads, told)
+        self.progress.done()
+        return report
+
+    def _in_our_forward(self, folder: Path, quick: bool) -> dict[str, Any]:
+        with reading(folder, self.artifact) as read:
+            tokenizer, name = folder / "tokenizer.json", self.artifact.format.name
+            return in_our_forward(read, name, tokenizer, self.reference, _config(folder), quick)
 
 
-def _run(
-    folder: Path, artifact: ArtifactPlan, filename: str, reference: Reference, threads: int, progress: Progress
-) -> dict[str, Any]:
-    """What the format's prover finds; `filename`: the artifact's first file."""
-    prover, target = artifact.format.prover, artifact.spec.target
-    if prover == "llama.cpp":
-        return _in_llama_cpp(folder / filename, reference, threads, progress)
-    if prover == "reference":
-        return _in_our_forward(folder, artifact, reference)
-    if prover == "tensorrt":
-        return _in_tensorrt(folder, artifact, reference, threads, progress)
-    provider = provider_for(target, artifact.steps)
-    if provider is None:
-        report = _in_our_forward(folder, artifact, reference)
-        report["runtime"]["executed_on_target"] = False
-        return report | {"not_run": {"onnxruntime": missing_provider(target)}}
-    own = _own_forward(folder, artifact, reference)
-    told = worker_stages(progress, "onnxruntime")
-    report = in_onnxruntime(folder, filename, target, provider, reference, own, threads, told)
-    progress.done()
-    return report
+def _config(folder: Path) -> ModelConfig | None:
+    """What the folder's own config.json says of the model."""
+    path = folder / "config.json"
+    return ModelConfig.from_hf(json.loads(path.read_bytes()), str(path)) if path.is_file() else None
 
 
 def _format_gates(fmt: Format, report: Mapping[str, Any]) -> dict[str, float | bool]:
@@ -176,7 +231,10 @@ def _format_gates(fmt: Format, report: Mapping[str, Any]) -> dict[str, float | b
     }
 
 
-def _in_llama_cpp(path: Path, reference: Reference, threads: int, progress: Progress) -> dict[str, Any]:
+def in_llama_cpp(
+    path: Path, reference: Reference, threads: int, limit: Limit, progress: Progress, quick: bool = False
+) -> dict[str, Any]:
+    """The report on a GGUF, anyone's."""
     report = prove_gguf(
         path,
         tokens=reference.windows.tokens,
@@ -184,67 +242,12 @@ def _in_llama_cpp(path: Path, reference: Reference, threads: int, progress: Prog
         tokenizer_file=reference.tokenizer_file,
         release=reference.release,
         runtime=reference.runtime,
+        further=reference.further(as_runtime=True, quick=quick),
+        quick=quick,
         threads=threads,
+        limit=limit,
         scratch=reference.scratch,
         on_progress=worker_stages(progress, "llama.cpp"),
     )
     progress.done()
     return report
-
-
-def _in_tensorrt(
-    folder: Path, artifact: ArtifactPlan, reference: Reference, threads: int, progress: Progress
-) -> dict[str, Any]:
-    def figures() -> dict[str, Any]:
-        found = _in_our_forward(folder, artifact, reference)
-        return {key: found[key] for key in ("export", "release")}
-
-    def own(compared: Reference) -> ReferenceLogits:
-        return _own_forward(folder, artifact, compared)
-
-    report = in_tensorrt(folder, reference, own, figures, threads, worker_stages(progress, "tensorrt"))
-    progress.done()
-    return report
-
-
-def _own_forward(folder: Path, artifact: ArtifactPlan, reference: Reference) -> ReferenceLogits:
-    """What the reference's arithmetic predicts with the weights as they are read back from the files."""
-    located = artifact.format.locate(folder, artifact.steps)
-    steps = {step.name: step for step in artifact.steps}
-    descriptors = {path: os.open(path, os.O_RDONLY) for path in {p.path for p in located.values()}}
-
-    def read(name: str, start: int, stop: int) -> F32:
-        step, place = steps[name], located[name]
-        arrays = read_back(descriptors[place.path], place, step, start, stop)
-        try:
-            return decode.values(artifact.format.unpack(step, arrays))
-        except ValueError as error:
-            raise ExporterError(
-                f"{place.path}: {name} is damaged: {error}", hint="exporter quantize ... --overwrite makes it again"
-            ) from error
-
-    try:
-        return reference.predict(read, f"{artifact.format.name}: logits")
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-
-
-def _in_our_forward(folder: Path, artifact: ArtifactPlan, reference: Reference) -> dict[str, Any]:
-    """The same figures without a runtime: the reference's arithmetic on the weights in the files.
-
-    There is no second arithmetic, so "export" and "release" are one comparison. No speed, no memory.
-    """
-    made = _own_forward(folder, artifact, reference)
-    tokenizer = text.load_tokenizer(reference.tokenizer_file)
-    found = text.load_tokenizer(folder / "tokenizer.json")
-    pieces = text.pieces(tokenizer, reference.sample)
-    ids = compare_ids(pieces, [text.encode(tokenizer, p) for p in pieces], [text.encode(found, p) for p in pieces])
-    figures = summary(between(reference.release, made))
-    return {
-        "export": figures,
-        "release": figures,
-        "tokenizer_equal": ids["first_difference"] is None,
-        "tokenizer": ids,
-        "runtime": {"name": "exporter reference", "version": exporter.__version__, "arithmetic": "float32"},
-    }

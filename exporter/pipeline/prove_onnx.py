@@ -14,9 +14,10 @@ from exporter.pipeline.reference import Reference
 from exporter.types.recipe import Step
 from exporter.validate.child import OnProgress
 from exporter.validate.genai import Chat
+from exporter.validate.limits import Limit
 from exporter.validate.onnx_kernels import CPU, CUDA, WEBGPU
 from exporter.validate.onnx_session import import_onnxruntime
-from exporter.validate.onnxruntime import Expected, prove_onnx
+from exporter.validate.onnxruntime import Expected, prove_foreign, prove_onnx
 
 PROVIDERS = {"cpu": CPU, "cuda": CUDA, "webgpu": WEBGPU}
 _PACKAGES = {"cuda": "onnxruntime-gpu", "webgpu": "a build of onnxruntime with WebGPU"}
@@ -53,7 +54,9 @@ def in_onnxruntime(
     reference: Reference,
     own: ReferenceLogits,
     threads: int,
+    limit: Limit,
     on_progress: OnProgress,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """The report on the artifact in `folder`, of which `graph` is the plain graph's file; see prove_onnx.
 
@@ -62,25 +65,60 @@ def in_onnxruntime(
     report = prove_onnx(
         folder,
         folder / graph,
-        expected_of(reference, own),
+        expected_of(reference, own, quick=quick),
         provider=provider,
         text=reference.sample,
         tokenizer_file=reference.tokenizer_file,
         chat=_chat(reference),
         threads=threads,
+        limit=limit,
+        quick=quick,
         scratch=reference.scratch,
         on_progress=on_progress,
     )
+    report["runtime"]["device"] = next(name for name, known in PROVIDERS.items() if known == provider)
     report["runtime"]["executed_on_target"] = provider == PROVIDERS[target or "cpu"]
     if not report["runtime"]["executed_on_target"]:
         report["not_run"]["target"] = missing_provider(target)
     return report
 
 
-def expected_of(reference: Reference, own: ReferenceLogits, long: bool = True) -> Expected:
+def in_foreign_onnxruntime(
+    graph: Path,
+    device: str,
+    head_size: int,
+    own_tokenizer: Path | None,
+    reference: Reference,
+    threads: int,
+    limit: Limit,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """The report on a graph that any tool wrote, on the `device` it is for where that is here, else on the CPU."""
+    here = PROVIDERS[device] in import_onnxruntime().get_available_providers()
+    device = device if here else "cpu"
+    expected = expected_of(reference, reference.release)
+    report = prove_foreign(
+        graph,
+        expected,
+        provider=PROVIDERS[device],
+        head_size=head_size,
+        text=reference.sample,
+        tokenizer_file=reference.tokenizer_file,
+        own_tokenizer=own_tokenizer,
+        threads=threads,
+        limit=limit,
+        scratch=reference.scratch,
+        on_progress=on_progress,
+    )
+    report["runtime"]["device"] = device
+    return report
+
+
+def expected_of(reference: Reference, own: ReferenceLogits, long: bool = True, quick: bool = False) -> Expected:
     """What graphs of a folder are compared with; `own`: what our forward predicts with the weights in it.
 
-    `long`: also on a text beyond the length that the rope was made for.
+    `long`: also on a text beyond the length that the rope was made for, and all that is measured further; `quick`: of
+    that only what tells right from wrong.
     """
     return Expected(
         release=reference.release,
@@ -88,7 +126,8 @@ def expected_of(reference: Reference, own: ReferenceLogits, long: bool = True) -
         window=reference.config.sliding_window,
         trained=reference.trained,
         arithmetic=own,
-        long=reference.long if long else None,
+        long=reference.long if long and not quick else None,
+        further=reference.further(quick=quick) if long else None,
     )
 
 

@@ -82,7 +82,10 @@ def in_tensorrt(
         left_out="" if whole else _too_little(config),
     )
     if not whole:
-        report |= figures()
+        found = dict(figures())
+        report["not_run"] = {**found.pop("not_run", {}), **report["not_run"]}
+        # Of the router, what the graphs chose where they ran.
+        report |= {key: value for key, value in found.items() if key != "router" or key not in report}
         what = "graphs and engines" if "arithmetic" in report else "engines"
         if "arithmetic" in report:
             report["not_run"]["long"] = "no long text: each token of a model this large takes seconds in ONNX Runtime"

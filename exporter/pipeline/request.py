@@ -19,7 +19,8 @@ STAGES = ("plan", "quantize", "export", "validate")
 class RunRequest:
     """What `exporter quantize` was asked for. `max_memory` in bytes; `out` the root of all artifacts.
 
-    `quantize`: whether numbers may be made; else every one of them must be in the store (`exporter export`).
+    `text`: what to measure on, None for the default. `quantize`: whether numbers may be made; else every one of them
+    must be in the store (`exporter export`).
     """
 
     model: str
@@ -35,6 +36,7 @@ class RunRequest:
     overwrite: bool = False
     quantize: bool = True
     targets: tuple[str, ...] = ()
+    text: str | None = None
 
     def reaches(self, stage: str) -> bool:
         """Whether the run goes as far as `stage`."""

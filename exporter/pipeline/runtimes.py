@@ -59,7 +59,7 @@ def _require(extra: str, modules: dict[str, str]) -> None:
 
 def resolve_device(name: str) -> str:
     """The torch device that "auto", "cpu", "cuda" or "cuda:N" means here."""
-    from exporter.model.layer import import_torch
+    from exporter.model.torch import import_torch
 
     torch = import_torch()
     cuda = torch.cuda.is_available()

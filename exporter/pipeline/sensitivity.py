@@ -21,7 +21,7 @@ from typing import Any
 from exporter.checkpoint.doctor import require_sound_files
 from exporter.errors import ExporterError, Refused, UsageError
 from exporter.model import tensor_specs
-from exporter.model.layer import Read
+from exporter.model.weights import Read
 from exporter.numerics import decode
 from exporter.numerics.floats import F32
 from exporter.pipeline.calibrate import (

@@ -44,7 +44,8 @@ T = TypeVar("T")
 class Ask:
     """An artifact's folder, and what it does not say itself or is to be taken otherwise.
 
-    model: a folder or a Hub id. profile, recipe: a name or a file. context: tokens.
+    model: a folder or a Hub id. profile, recipe: a name or a file. context: tokens. text: what to measure on, None
+    for the default. controls: whether known-bad copies are proved too.
     """
 
     folder: Path
@@ -53,6 +54,8 @@ class Ask:
     recipe: str | None = None
     context: int | None = None
     device: str = "auto"
+    text: str | None = None
+    controls: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Made:
     """What manifest.json says.
 
     layout: export.layout_key. sources: SHA-256 by file of the checkpoint. files, sizes: SHA-256 and bytes by file of
-    the artifact. digests: by tensor.
+    the artifact. digests: by tensor. rounded: whether some blocks of floats were not on the MXFP4 grid.
     """
 
     exporter: str
@@ -77,6 +80,7 @@ class Made:
     files: Mapping[str, str]
     sizes: Mapping[str, int]
     digests: Mapping[str, str]
+    rounded: bool
 
     @property
     def hub_id(self) -> str | None:
@@ -100,7 +104,7 @@ def validate(ask: Ask, progress: Progress) -> RunResult:
     profile = replace(profile, artifacts=(_spec(ask, made, profile),))
     require_writers([made.format])
     require_runtimes(ask.device, [made.format])
-    _require_files(ask.folder, made, progress)
+    require_files(ask.folder, made, progress)
     with _output(ask.folder, made) as out:
         request = RunRequest(
             model=model,
@@ -110,6 +114,7 @@ def validate(ask: Ask, progress: Progress) -> RunResult:
             context=ask.context,
             device=ask.device,
             quantize=False,
+            text=ask.text,
         )
         # Its name is in the files, whatever the folder of the checkpoint is called here.
         opened = replace(open_model(model, progress), name=made.model)
@@ -120,7 +125,7 @@ def validate(ask: Ask, progress: Progress) -> RunResult:
         maker = Maker(request, plan, opened, tokenizer, workers, progress)
         with maker.alone():
             _require_source(ask.folder, made, maker)
-            report = maker.prove(ask.folder, artifact, _facts(ask, made, maker, artifact))
+            report = maker.prove(ask.folder, artifact, _facts(ask, made, maker, artifact), made.rounded, ask.controls)
     files = [ask.folder / name for name in made.files]
     nbytes = sum(made.sizes.values())
     return RunResult(
@@ -177,6 +182,7 @@ def _made(folder: Path, body: Mapping[str, Any]) -> Made:
             files={name: digest for name, (digest, _) in files.items()},
             sizes={name: size for name, (_, size) in files.items()},
             digests={name: _is(each["digest"], str) for name, each in body["tensors"].items()},
+            rounded=any(each.get("exact_blocks", 0) < each.get("blocks", 0) for each in body["tensors"].values()),
         )
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else "not as exporter writes it"
@@ -262,7 +268,7 @@ def _spec(ask: Ask, made: Made, profile: Profile) -> ArtifactSpec:
 # What must be the same
 
 
-def _require_files(folder: Path, made: Made, progress: Progress) -> None:
+def require_files(folder: Path, made: Made, progress: Progress) -> None:
     """Raises ExporterError for a file whose bytes are not those that were sealed."""
     paths = {folder / name: digest for name, digest in made.files.items()}
     # Two at once keep a disk busy.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from exporter.errors import UsageError
 from exporter.types import toml
-from exporter.types.gates import GATES, read_gates
+from exporter.types.gates import CLASSES, GATES, Limits, read_limits
 from exporter.types.sizes import parse_size
 
 # It becomes part of a folder's name.
@@ -67,7 +66,7 @@ class ValidateSpec:
 
 @dataclass(frozen=True)
 class Profile:
-    """`gates`: limit by gate name, see `types.gates`. `sha256` is of the file's text."""
+    """`gates`: limits by gate name and class, see `types.gates`. `sha256` is of the file's text."""
 
     name: str
     title: str
@@ -75,7 +74,7 @@ class Profile:
     hardware: Hardware
     artifacts: tuple[ArtifactSpec, ...]
     validate: ValidateSpec
-    gates: Mapping[str, float | bool]
+    gates: Limits
     sha256: str
 
     @staticmethod
@@ -141,8 +140,8 @@ def _artifact(raw: object, where: str) -> ArtifactSpec:
     )
 
 
-def _required_gates(raw: object, where: str) -> dict[str, float | bool]:
-    limits = read_gates(raw, where)
-    if not limits:
+def _required_gates(raw: object, where: str) -> Limits:
+    limits = read_limits(raw, where)
+    if not all(limits.of(loss) for loss in CLASSES):
         raise UsageError(f"{where}: no gates", hint=f"gates: {', '.join(GATES)}")
     return limits

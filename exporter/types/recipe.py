@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from exporter.errors import Refused, UsageError, did_you_mean
 from exporter.types import toml
-from exporter.types.gates import read_gates
+from exporter.types.gates import CLASSES, LossClass, read_gates
 from exporter.types.scheme import Scheme
 from exporter.types.tensor import TensorSpec
 
@@ -65,6 +65,11 @@ class Rule:
         return any(fnmatchcase(name, pattern) for pattern in self.match)
 
 
+def loss_of(steps: Sequence[Step]) -> LossClass:
+    """The class of an artifact: that of the tensor that may lose most."""
+    return max((step.loss for step in steps), key=CLASSES.index)
+
+
 @dataclass(frozen=True)
 class Step:
     """What happens to one tensor. "repack": float blocks on the MXFP4 grid move exactly, others are rounded.
@@ -86,6 +91,13 @@ class Step:
     def by_reference(self) -> bool:
         """Whether the store points at the checkpoint instead of holding the numbers: they follow from it alone."""
         return self.method in ("keep", "pass") or (self.method == "exact" and self.source.kind == "e2m1")
+
+    @property
+    def loss(self) -> LossClass:
+        """What the tensor's numbers may lose."""
+        if self.method not in ("rtn", "gptq"):
+            return "exact"
+        return "near" if self.scheme.bits >= 8 else "lossy"
 
     @property
     def stored_bytes(self) -> int:

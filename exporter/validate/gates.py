@@ -17,8 +17,20 @@ def evaluate(report: Mapping[str, Any], limits: Mapping[str, float | bool]) -> l
         if name not in GATES:
             raise UsageError(f'unknown gate "{name}".{did_you_mean(name, GATES)}', hint=f"gates: {', '.join(GATES)}")
         value = _measured(report, GATES[name])
-        verdicts.append(Verdict(name, value, limit, value is not None and _passes(GATES[name], value, limit)))
+        passed = value is not None and _passes(GATES[name], value, limit)
+        note = _below_noise(report, GATES[name], limit)
+        verdicts.append(Verdict(name, value, limit, passed and not note, note))
     return verdicts
+
+
+def _below_noise(report: Mapping[str, Any], gate: GateKind, limit: float | bool) -> str:
+    """Why no artifact can be held to this limit, or ""."""
+    floor = report.get("floor")
+    if not gate.floor or not isinstance(floor, Mapping) or not isinstance(floor.get("kl_mean"), float):
+        return ""
+    if limit >= floor["kl_mean"]:
+        return ""
+    return f"the limit is below the noise floor: {floor['kl_mean']:.2g} nats is what {floor['what']} has"
 
 
 def _measured(report: Mapping[str, Any], gate: GateKind) -> float | bool | None:

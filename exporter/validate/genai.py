@@ -18,8 +18,10 @@ from exporter.errors import ExporterError
 from exporter.validate import child, genai_worker
 from exporter.validate import text as texts
 from exporter.validate.child import OnProgress
+from exporter.validate.limits import Limit
 from exporter.validate.metrics import Positions, summary
 from exporter.validate.runtime import compare_ids
+from exporter.validate.speed import FIGURES
 
 # What onnxruntime-genai says when it was built, or installed, without a provider.
 _NO_PROVIDER = ("not supported in this build", "interface not available", "cannot open shared object")
@@ -48,7 +50,9 @@ def few(positions: Positions) -> dict[str, Any]:
     return figures
 
 
-def run_genai(request: genai_worker.Request, time_limit: float, on_progress: OnProgress | None) -> dict[str, Any]:
+def run_genai(
+    request: genai_worker.Request, time_limit: float, on_progress: OnProgress | None, limit: Limit | None = None
+) -> dict[str, Any]:
     return child.run_worker(
         request,
         "exporter.validate.genai_worker",
@@ -56,6 +60,7 @@ def run_genai(request: genai_worker.Request, time_limit: float, on_progress: OnP
         runtime="onnxruntime-genai",
         subject=Path(request.folder).name,
         on_progress=on_progress,
+        limit=limit,
     )
 
 
@@ -67,6 +72,7 @@ def in_genai(
     not_run: dict[str, str],
     time_limit: float,
     on_progress: OnProgress | None,
+    limit: Limit | None = None,
 ) -> dict[str, Any]:
     """{"genai": ...}; empty, with the reason in `not_run`, where this runtime lacks the device.
 
@@ -74,7 +80,7 @@ def in_genai(
     cached figures apart; tokenizer_equal, tokenizer, chat_equal, chat; greedy, beside `plain`'s; speed; memory.
     """
     try:
-        answer = run_genai(asked, time_limit, on_progress)
+        answer = run_genai(asked, time_limit, on_progress, limit)
     except ExporterError as error:
         if asked.provider != "cpu" and any(reason in error.message for reason in _NO_PROVIDER):
             not_run["genai"] = error.message
@@ -102,6 +108,7 @@ def in_genai(
             "load_seconds": answer["load_seconds"],
             "decode_tokens_per_second": answer["decode_tokens_per_second"],
             "decode_runs": answer["decode_runs"],
+            **{key: answer[key] for key in FIGURES if key in answer},
         },
         "memory": answer["memory"],
     }

@@ -12,8 +12,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from exporter.errors import ExporterError, MissingExtra
 from exporter.model.reference import I64, ReferenceLogits
 from exporter.numerics.floats import F32
-from exporter.validate import child
+from exporter.validate import child, speed
 from exporter.validate.child import OnProgress
 from exporter.validate.metrics import Positions, compare
 from exporter.validate.onnx_session import require_environment
@@ -38,7 +39,8 @@ class Request:
     context: tokens that there is room for; at least the attention window, which its kernels insist on.
     chat: messages, to render with the folder's template; empty for none.
     windows: an .npz of model/reference.py, "" for none, of which the first `count` are compared.
-    speed: `prompt`, tokens that come before `generate` greedy ones, `repeats` times.
+    speed: `prompt`, tokens that come before `generate` greedy ones, `repeats` times. `plan`: longer tests after
+    these, with prompts from `text`.
     """
 
     folder: str
@@ -50,6 +52,8 @@ class Request:
     prompt: list[int] | None = None
     generate: int = 32
     repeats: int = 3
+    plan: speed.Plan | None = None
+    text: list[int] | None = None
     windows: str = ""
     count: int = 2
     prefill: int = 96
@@ -66,10 +70,15 @@ def run(request: Request, report: OnProgress) -> dict[str, Any]:
     tokenizer = model.tokenizer()
     answer["ids"] = [[int(i) for i in tokenizer.encode(piece)] for piece in request.pieces or []]
     answer["chat"] = _chat(tokenizer, request.chat) if request.chat else None
-    if request.prompt:
+    if request.prompt and request.repeats:
         answer |= _speed(model, request, report)
         answer["greedy_text"] = str(tokenizer.decode(np.array(answer["greedy_ids"], np.int32)))
     answer["memory"] = child.memory()
+    if plan := speed.Plan.of(request.plan):
+        known = {"tests": answer.get("tests", [])}
+        text = np.array(request.text or request.prompt, np.int64)
+        answer |= speed.extended(_Runner(model), plan, text, known, report, memory=child.peak)
+        answer["memory"] = answer["memory"] if known["tests"] else child.memory()
     if request.windows:
         arrays = _compare(model, request, ReferenceLogits.load(Path(request.windows)), report)
         np.savez(request.results, allow_pickle=False, **arrays)
@@ -103,10 +112,10 @@ class _Model:
         except Exception as error:
             raise self.failure("read the tokenizer of", error) from error
 
-    def generator(self) -> Any:
-        """An empty sequence that decodes greedily."""
+    def generator(self, room: int = 0) -> Any:
+        """An empty sequence that decodes greedily, with room for so many tokens, or for as many as the request says."""
         params = self.library.GeneratorParams(self.model)
-        params.set_search_options(max_length=self.request.context, do_sample=False)
+        params.set_search_options(max_length=max(room, self.request.context), do_sample=False)
         return self.library.Generator(self.model, params)
 
     def failure(self, doing: str, error: Exception) -> ExporterError:
@@ -130,6 +139,7 @@ def _chat(tokenizer: Any, messages: list[dict[str, str]]) -> dict[str, str]:
 def _speed(model: _Model, request: Request, report: OnProgress) -> dict[str, Any]:
     """Greedy tokens, as many as come before the model ends its answer, and the rate, a median."""
     rates: list[float] = []
+    latencies: list[float] = []
     greedy: list[int] = []
     for repeat in range(request.repeats):
         report("genai: speed", repeat, request.repeats)
@@ -138,20 +148,59 @@ def _speed(model: _Model, request: Request, report: OnProgress) -> dict[str, Any
             generator.append_tokens(np.array(request.prompt, np.int32))
             generator.generate_next_token()  # of the prompt's own logits
             greedy = [int(generator.get_next_tokens()[0])]
-            started = time.perf_counter()
+            times = [time.perf_counter()]
             while len(greedy) <= request.generate and not generator.is_done():
                 generator.generate_next_token()
                 greedy.append(int(generator.get_next_tokens()[0]))
+                times.append(time.perf_counter())
         except Exception as error:
             raise model.failure("generate with", error) from error
         if len(greedy) > 1:
-            rates.append((len(greedy) - 1) / (time.perf_counter() - started))
+            rates.append((len(greedy) - 1) / (times[-1] - times[0]))
+            latencies += [after - before for before, after in pairwise(times)]
     report("genai: speed", request.repeats, request.repeats)
+    made, after = len(greedy) - 1, len(request.prompt or ())
+    name = speed.generate_test(made, after)
     return {
         "decode_tokens_per_second": statistics.median(rates) if rates else None,
         "decode_runs": rates,
         "greedy_ids": greedy,
+        "tests": [speed.summary(name, "generate", made, after, rates, latencies)] if rates else [],
     }
+
+
+class _Runner:
+    """See speed.Runner. The runtime chooses the tokens itself, and may end the answer: then it is fed the last."""
+
+    def __init__(self, model: _Model) -> None:
+        self.model, self.length = model, 0
+        self.generator: Any = None
+
+    def room(self, tokens: int) -> None:
+        self.length = max(self.length, tokens)
+
+    def clear(self) -> None:
+        # One at a time: each holds keys and values for its whole length.
+        self.generator = None
+        self.generator = self.model.generator(self.length + 1)
+
+    def prefill(self, tokens: Sequence[int] | I64) -> None:
+        try:
+            self.generator.append_tokens(np.asarray(tokens, np.int32))
+        except Exception as error:
+            raise self.model.failure("generate with", error) from error
+
+    def first(self) -> int:
+        try:
+            self.generator.generate_next_token()  # of the prompt's own logits; later ones run the model first
+            return int(self.generator.get_next_tokens()[0])
+        except Exception as error:
+            raise self.model.failure("generate with", error) from error
+
+    def step(self, token: int) -> int:
+        if self.generator.is_done():
+            self.prefill([token])
+        return self.first()
 
 
 def _compare(model: _Model, request: Request, reference: ReferenceLogits, report: OnProgress) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ import numpy.typing as npt
 from exporter.errors import ExporterError, MissingExtra
 from exporter.model.config import RopeConfig
 from exporter.numerics.floats import F32
+
+if TYPE_CHECKING:
+    from exporter.validate.llama_routes import Routing
 
 VERSION = "2026.10.11549"
 
@@ -290,6 +293,7 @@ class Context:
         flash_attention: FlashAttention = "auto",
         kv_type: KvType = "f16",
         outputs: int = 0,
+        routing: Routing | None = None,
     ) -> None:
         self.model, self.library, self.batch_size = model, model.library, batch
         params = self.library.llama_context_default_params()
@@ -298,6 +302,8 @@ class Context:
         params.flash_attn_type = _FLASH[flash_attention]
         params.type_k = params.type_v = _KV_TYPES[kv_type]
         params.n_outputs_max = outputs
+        if routing is not None:
+            params.cb_eval = ct.cast(routing.callback, _ptr)
         params.swa_full = False  # sliding layers keep their window only, as llama-server does
         self.handle = self.library.llama_init_from_model(model.handle, params)
         if not self.handle:

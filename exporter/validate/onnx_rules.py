@@ -6,6 +6,10 @@ takes; onnx_kernels.py knows what its kernels do with what they do not know.
 
 from __future__ import annotations
 
+import functools
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,53 @@ from exporter.validate.onnx_file import AGAIN, Place, parse, places
 from exporter.validate.onnx_kernels import CPU, CUDA, SHORT, WEBGPU, refuse_node
 
 _OPSETS = 32  # each is tried
+_AZURE = "AzureExecutionProvider"  # in every build, and has no kernels
+_SECONDS = 60.0
 _UPDATE = "pip install --upgrade onnxruntime, or another --target"
 _PACKAGES = {
     CUDA: "pip install onnxruntime-gpu in place of onnxruntime",
     WEBGPU: "onnxruntime-web in a browser has it; for Python, onnxruntime-ep-webgpu",
 }
+
+
+# (provider, domain, operator, first version, last)
+Kernel = tuple[str, str, str, int, int]
+
+
+def _kernels(state: Any) -> list[Kernel]:
+    """Every kernel of this build. `state`: onnxruntime's native module."""
+    return [(k.provider, k.domain, k.op_name, *map(int, k.version_range)) for k in state.get_all_opkernel_def()]
+
+
+@functools.cache
+def _kernels_told() -> list[Kernel]:
+    """The same from a process of its own; none where that dies.
+
+    Listing the kernels loads every provider of the build, and one whose libraries are not installed (TensorRT's, in
+    onnxruntime-gpu) ends the process: seen with onnxruntime-gpu 1.31.
+    """
+    code = "import json; from exporter.validate import onnx_rules as r; from onnxruntime.capi import "
+    code += "onnxruntime_pybind11_state as s; print(json.dumps(r._kernels(s)))"
+    try:
+        told = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            capture_output=True,
+            timeout=_SECONDS,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+        return [(p, d, o, int(a), int(b)) for p, d, o, a, b in json.loads(told.stdout)]
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError):
+        return []
+
+
+def _by_operator(kernels: list[Kernel], provider: str) -> dict[tuple[str, str], list[tuple[int, int]]]:
+    """Ranges of versions that the provider or the CPU has a kernel for, by (domain, operator)."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, domain, operator, first, last in kernels:
+        if name in (provider, CPU):
+            found.setdefault((domain, operator), []).append((first, last))
+    return found
 
 
 def require_runnable(graph: Path, provider: str) -> None:
@@ -62,10 +108,8 @@ class _Runtime:
         self._schemas: dict[tuple[str, str], list[Any]] = {}
         for schema in state.get_all_operator_schema():
             self._schemas.setdefault((schema.domain, schema.name), []).append(schema)
-        self._kernels: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        for kernel in state.get_all_opkernel_def():
-            if kernel.provider in (provider, CPU):
-                self._kernels.setdefault((kernel.domain, kernel.op_name), []).append(tuple(kernel.version_range))
+        alone = set(self.providers) <= {CPU, _AZURE}
+        self._kernels = _by_operator(_kernels(state) if alone else _kernels_told(), provider)
 
     def require_versions(self, graph: Path, model: Any) -> None:
         """Refuse a format or an operator set that is newer than the runtime."""
@@ -120,6 +164,8 @@ class _Runtime:
             return f"{len(node.input)} inputs; the operator takes {schema.max_input} here"
         since = int(schema.since_version)
         ranges = self._kernels.get((domain, node.op_type), [])
+        if not self._kernels:
+            return None  # it would not say: the session itself will
         if any(first <= since <= last for first, last in ranges) or self._needs_no_kernel(place):
             return None
         where = SHORT.get(self.provider, self.provider)

@@ -18,6 +18,7 @@ from exporter.errors import ExporterError, MissingExtra
 from exporter.model.reference import I64, U16
 from exporter.numerics.floats import F32
 from exporter.validate import onnx_twin
+from exporter.validate.limits import cuda_options
 from exporter.validate.onnx_kernels import CUDA
 
 # "shipped": as the graph's accuracy_level says (on CPU, activations rounded to int8 block by block).
@@ -60,6 +61,7 @@ class Graph:
     `inspect`: add the router logits of every layer to the outputs (no node changes for it), and note
     the `accuracy_levels` of its integer kernels. `head_size`: of keys and values, where the graph leaves it open.
     `optimize`: whether ONNX Runtime may rewrite the graph. `layers`: run only the first ones, 0 for all.
+    `device_limit`: bytes of a CUDA device that it may take, 0 for no limit.
     Raises ExporterError when the runtime cannot load it.
     """
 
@@ -74,6 +76,7 @@ class Graph:
         head_size: int = 0,
         optimize: bool = True,
         layers: int = 0,
+        device_limit: int = 0,
     ) -> None:
         ort = import_onnxruntime()
         require_environment(activations)
@@ -94,8 +97,9 @@ class Graph:
         if layers:  # of a model that is too large to run whole: decoded weights must not stay
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         kept_out = ["ConstantFolding"] if layers else []
+        asked: Any = (provider, cuda_options(device_limit)) if provider == CUDA and device_limit else provider
         try:
-            self.session: Any = ort.InferenceSession(model, options, providers=[provider], disabled_optimizers=kept_out)
+            self.session: Any = ort.InferenceSession(model, options, providers=[asked], disabled_optimizers=kept_out)
         except Exception as error:  # pybind's own kinds, one for each status code
             raise self.failure("load", error) from error
         if provider not in self.session.get_providers():

@@ -13,10 +13,10 @@ routes      the experts of every token of the windows, uint16 [layers, N, top_k]
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ import numpy as np
 from exporter.errors import ExporterError
 from exporter.model.reference import I64, ReferenceLogits
 from exporter.numerics.floats import F32
-from exporter.validate import child
+from exporter.validate import child, hardware
 from exporter.validate.child import OnProgress
-from exporter.validate.metrics import Positions, compare
+from exporter.validate.limits import Limit
+from exporter.validate.metrics import Positions, compare, compare_all
+from exporter.validate.onnx_kernels import CUDA
 from exporter.validate.onnx_session import Activations, Decoding, Graph
+from exporter.validate.speed import Plan, measure
 
 _WINDOW = 512  # tokens of a window that go in at once: 400 MiB of logits for gpt-oss
 _PIECE = 256  # tokens of one call of the long sequence
@@ -42,12 +45,14 @@ class Request:
     """What to run; paths are absolute.
 
     speed: windows of tokens to measure the speed on, empty to leave it out; `prompt` tokens of the first
-    come before `generate` tokens of greedy text.
+    come before `generate` tokens of greedy text. plan: longer tests of it after these.
     windows, arithmetic, long: .npz files of model/reference.py, "" for none, the first two of one text;
     results of comparing with each go to `results`.
     prefill, steps: tokens of the first window at once, then one by one. top_k: experts of a token.
-    single: another graph for tokens that come alone, "" for none. layers, head_size: see `Graph`.
+    single: another graph for tokens that come alone, "" for none. layers, head_size, device_limit: see `Graph`.
     optimizer: also run the start of the first window as the graph is, without ONNX Runtime's rewriting.
+    twins: .npz files by name, of the first windows, compared as windows are: NAME.kl, ... columns: of other texts, by
+    column: COLUMN.NAME.kl, ... prompts: the likeliest `answer` tokens after each, up to one of `ends`.
     """
 
     graph: str
@@ -58,6 +63,7 @@ class Request:
     prompt: int = 32
     generate: int = 32
     repeats: int = 3
+    plan: Plan | None = None
     windows: str = ""
     arithmetic: str = ""
     long: str = ""
@@ -69,6 +75,19 @@ class Request:
     single: str = ""
     layers: int = 0
     optimizer: bool = False
+    device_limit: int = 0
+    twins: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    prompts: list[list[int]] = field(default_factory=list)
+    answer: int = 0
+    ends: list[int] = field(default_factory=list)
+
+
+def under(request: Request, limit: Limit | None) -> tuple[Request, Limit | None]:
+    """On a CUDA device a limit is the runtime's to keep: what to ask, and what is left to enforce from outside."""
+    if limit is None or request.provider != CUDA:
+        return request, limit
+    return replace(request, device_limit=limit.device), None
 
 
 def run(request: Request, report: OnProgress) -> dict[str, Any]:
@@ -85,13 +104,19 @@ def run(request: Request, report: OnProgress) -> dict[str, Any]:
         "accuracy_level": graph.accuracy_levels,
     }
     if request.speed:
-        speed = _speed(graph, request, np.array(request.speed, np.int64), report)
-        answer["speed"] = {"load_seconds": load_seconds, **speed}
-        answer["memory"] = child.memory()
+        answer |= _speed(graph, request, np.array(request.speed, np.int64), report)
+        answer["speed"] = {"load_seconds": load_seconds, **answer["speed"]}
+        if request.provider == CUDA:
+            answer["memory"] |= _on_device(request.device_limit)
         answer["load_average"] = child.load_average()
     arrays: dict[str, Any] = {}
     if request.windows:
         answer |= _windows(graph, single, request, arrays, report)
+        for column, files in request.columns.items():
+            for name, path in files.items():
+                found = _column(graph, ReferenceLogits.load(Path(path)), column, report)
+                arrays |= found.arrays(f"{column}.{name}")
+        answer["answers"] = _answers(graph, single, request, report)
     if request.long:
         arrays |= _long(graph, single, ReferenceLogits.load(Path(request.long)), report).arrays("long")
     if request.optimizer:
@@ -105,6 +130,21 @@ def run(request: Request, report: OnProgress) -> dict[str, Any]:
     return answer
 
 
+def _on_device(limit: int) -> dict[str, Any]:
+    """What this process holds of the device. The runtime's arenas only grow, so after the work it is the peak.
+
+    Weights that a kernel packs anew are outside the arena that the runtime's limit is for: seen with FP4 experts,
+    23.4 GB under a limit of 16.3.
+    """
+    taken = hardware.device_bytes()
+    found: dict[str, Any] = {} if taken is None else {"device_peak_bytes": taken}
+    if limit:
+        found |= {"limit_bytes": limit, "limit_by": "cuda"}
+        if taken is not None:
+            found["limit_held"] = taken <= limit
+    return found
+
+
 def _load(request: Request, path: str, optimize: bool = True) -> Graph:
     return Graph(
         Path(path),
@@ -115,6 +155,7 @@ def _load(request: Request, path: str, optimize: bool = True) -> Graph:
         head_size=request.head_size,
         optimize=optimize,
         layers=request.layers,
+        device_limit=request.device_limit,
     )
 
 
@@ -130,38 +171,33 @@ def _require_vocabulary(graph: Graph, tokens: I64) -> None:
 
 
 def _speed(graph: Graph, request: Request, windows: I64, report: OnProgress) -> dict[str, Any]:
-    """Prefill and decode rates, tokens per second, medians and each run; and the greedy tokens."""
+    """`speed` and `memory`; see speed.measure."""
     _require_vocabulary(graph, windows)
-    length = windows.shape[1]
-    prompt = windows[0, : request.prompt]
-    Decoding(graph).append(prompt)  # the first run reads the weights in
-    prefill, decode, greedy = [], [], [0]
-    total = request.repeats * 2
-    for repeat in range(request.repeats):
-        report("speed", repeat, total)
-        decoding = Decoding(graph)
-        started = time.perf_counter()
-        decoding.append(windows[repeat % len(windows)])
-        prefill.append(length / (time.perf_counter() - started))
-    for repeat in range(request.repeats if request.generate else 0):
-        report("speed", request.repeats + repeat, total)
-        decoding = Decoding(graph)
-        greedy = [int(decoding.append(prompt)[-1].argmax())]
-        started = time.perf_counter()
-        for _ in range(request.generate):
-            greedy.append(int(decoding.append(greedy[-1:])[0].argmax()))
-        decode.append(request.generate / (time.perf_counter() - started))
-    report("speed", total, total)
-    return {
-        "prefill_tokens_per_second": statistics.median(prefill),
-        "decode_tokens_per_second": statistics.median(decode) if decode else None,
-        "prefill_runs": prefill,
-        "decode_runs": decode,
-        "prefill_length": length,
-        "decode_length": request.generate,
-        "context": max(length, len(prompt) + request.generate),
-        "greedy_ids": greedy if decode else [],
-    }
+    return measure(_Runner(graph), request.plan, windows, request.prompt, request.generate, request.repeats, report)
+
+
+class _Runner:
+    """See speed.Runner. Keys and values grow as tokens come: there is nothing to make room for."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.clear()
+
+    def room(self, tokens: int) -> None:
+        pass
+
+    def clear(self) -> None:
+        self.logits = np.zeros((0, 0), np.float32)  # no longer needed, and large
+        self.decoding = Decoding(self.graph)
+
+    def prefill(self, tokens: Sequence[int] | I64) -> None:
+        self.logits = self.decoding.append(tokens)
+
+    def first(self) -> int:
+        return int(self.logits[-1].argmax())
+
+    def step(self, token: int) -> int:
+        return int(self.decoding.append([token])[0].argmax())
 
 
 # Against the reference
@@ -175,8 +211,8 @@ def _windows(
     _require_vocabulary(graph, reference.tokens)
     windows, length = reference.tokens.shape
     others = {"windows": reference}
-    if request.arithmetic:
-        others["arithmetic"] = ReferenceLogits.load(Path(request.arithmetic))
+    files = {**({"arithmetic": request.arithmetic} if request.arithmetic else {}), **request.twins}
+    others |= {name: ReferenceLogits.load(Path(path)) for name, path in files.items()}
     found: dict[str, list[Positions]] = {name: [] for name in others}
     routes = []
     kept: list[F32] = []  # logits of the start of the first window
@@ -184,15 +220,18 @@ def _windows(
         decoding = Decoding(graph)
         for at in range(0, length, _WINDOW):
             logits = decoding.append(window[at : at + _WINDOW])
-            for name, other in others.items():
-                found[name].append(compare(other, w * length + at, logits))
-            routes.append(decoding.routes(request.top_k))
+            here = {name: other for name, other in others.items() if w < len(other.tokens)}  # some have the first only
+            for name, positions in compare_all(here, w * length + at, logits).items():
+                found[name].append(positions)
+            if graph.routers:
+                routes.append(decoding.routes(request.top_k))
             if w == 0 and at < max(2 * CHUNKS, request.prefill + request.steps):
                 kept.append(logits[: max(2 * CHUNKS, request.prefill + request.steps) - at].copy())
             report("compare", w * length + at + len(logits), windows * length)
     for name, parts in found.items():
         arrays |= Positions.join(parts).arrays(name)
-    arrays["routes"] = np.concatenate(routes, axis=1)
+    if routes:
+        arrays["routes"] = np.concatenate(routes, axis=1)
     whole = np.concatenate(kept)
     pieces = {
         "chunked": [CHUNKS] * (min(2 * CHUNKS, length) // CHUNKS) or [length],
@@ -205,6 +244,33 @@ def _windows(
         positions, apart[f"{name}_difference"] = _in_pieces(decoding, reference, counts, first, whole)
         arrays |= positions.arrays(name)
     return apart
+
+
+def _column(graph: Graph, reference: ReferenceLogits, stage: str, report: OnProgress) -> Positions:
+    """Every position of the windows of another text."""
+    _require_vocabulary(graph, reference.tokens)
+    windows, length = reference.tokens.shape
+    found = []
+    for w, window in enumerate(reference.tokens):
+        decoding = Decoding(graph)
+        for at in range(0, length, _WINDOW):
+            logits = decoding.append(window[at : at + _WINDOW])
+            found += [compare(reference, w * length + at, logits)]
+        report(stage, (w + 1) * length, windows * length)
+    return Positions.join(found)
+
+
+def _answers(graph: Graph, single: Graph | None, request: Request, report: OnProgress) -> list[list[int]]:
+    """The likeliest tokens after each prompt, up to and with what ends a turn."""
+    answers = []
+    for number, prompt in enumerate(request.prompts):
+        decoding = Decoding(graph, single)
+        made = [int(decoding.append(np.array(prompt))[-1].argmax())]
+        while len(made) < request.answer and made[-1] not in request.ends:
+            made.append(int(decoding.append(np.array(made[-1:]))[0].argmax()))
+        answers.append(made)
+        report("answers", number + 1, len(request.prompts))
+    return answers
 
 
 def _in_pieces(

@@ -18,13 +18,17 @@ import numpy as np
 from exporter.model.reference import I64, U16, ReferenceLogits
 from exporter.validate import child, genai_worker, onnx_worker
 from exporter.validate import text as texts
+from exporter.validate.accuracy import LONG, Further, further_report
 from exporter.validate.child import OnProgress
 from exporter.validate.genai import Chat, Plain, few, in_genai, run_genai
-from exporter.validate.metrics import Positions, summary
+from exporter.validate.limits import Limit
+from exporter.validate.metrics import Positions, flips, summary
 from exporter.validate.onnx_kernels import CPU
 from exporter.validate.onnx_rules import require_runnable
 from exporter.validate.onnx_session import Activations, environment
 from exporter.validate.runtime import SCRATCH_PREFIX, compare_ids
+from exporter.validate.speed import Plan, proof_plan
+from exporter.validate.twins import PREFIX
 
 MODES: Mapping[str, Activations] = {"release": "shipped", "export": "float32"}
 
@@ -32,6 +36,7 @@ _SPEED_WINDOWS = 3
 _PROMPT, _GENERATE = 32, 32
 _BEFORE, _STEPS = 32, 64  # cached decoding starts this far before the attention window is full, and its tokens
 _GENAI_WINDOWS = 2
+_GENAI_ROOM = 256  # its kernels want room for the attention window
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,7 @@ class Expected:
     routes      uint16 [layers, N, top_k], the experts of the windows' tokens
     arithmetic  of the windows, by our own forward on the weights in the files
     long        of one sequence [1, T] that goes beyond `trained`; None where the model does not
+    further     what else is asked; None for nothing
     """
 
     release: ReferenceLogits
@@ -50,6 +56,7 @@ class Expected:
     trained: int
     arithmetic: ReferenceLogits
     long: ReferenceLogits | None
+    further: Further | None = None
 
 
 def prove_onnx(
@@ -62,6 +69,8 @@ def prove_onnx(
     tokenizer_file: Path,
     chat: Chat | str,
     threads: int,
+    limit: Limit | None = None,
+    quick: bool = False,
     time_limit: float = 4 * 3600,
     scratch: Path | None = None,
     on_progress: OnProgress | None = None,
@@ -73,7 +82,7 @@ def prove_onnx(
     cached, chunked, long and router with figures under "export" and "release"; genai; tokenizer_equal and
     tokenizer (of the folder's own file); speed; memory; runtime; not_run: what could not be done and why,
     by key. cached.logit_difference is the largest that decoding or prefill in pieces makes to a logit of
-    prefill at once, with float32 activations.
+    prefill at once, with float32 activations. `quick`: neither speed nor onnxruntime-genai.
     Raises ExporterError when the graph cannot be run, or not within `time_limit` seconds a process.
     """
     for each in sorted(graph.parent.glob("*.onnx")):  # onnxruntime-genai runs another one
@@ -82,11 +91,15 @@ def prove_onnx(
     pieces = texts.pieces(tokenizer, text)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as exchange:
         files = Exchange(Path(exchange), expected)
-        asked = replace(ask(graph, expected, files, provider, threads), **_speed(expected))
-        report = in_modes(asked, expected, files, time_limit, on_progress)
+        asked = ask(graph, expected, files, provider, threads)
+        asked = asked if quick else replace(asked, **_speed(expected))
+        report = in_modes(asked, expected, files, time_limit, on_progress, limit)
+        report |= compare_tokenizers(tokenizer, texts.load_tokenizer(folder / "tokenizer.json"), pieces)
+        if quick:
+            report["not_run"]["genai"] = "left out"
+            return report
         speed = report["speed"]
         speed["greedy_text"] = tokenizer.decode(speed["greedy_ids"], skip_special_tokens=False)
-        report |= compare_tokenizers(tokenizer, texts.load_tokenizer(folder / "tokenizer.json"), pieces)
         question = genai_worker.Request(
             folder=str(folder.absolute()),
             threads=threads,
@@ -95,6 +108,8 @@ def prove_onnx(
             pieces=[p for p in pieces if "\0" not in p],
             chat=chat.messages if isinstance(chat, Chat) else None,
             prompt=(asked.speed or [[]])[0][:_PROMPT],
+            plan=asked.plan,
+            text=[token for window in asked.speed or [] for token in window],
             windows=asked.windows,
             count=_GENAI_WINDOWS,
             prefill=asked.prefill,
@@ -102,7 +117,43 @@ def prove_onnx(
             results=str(files.folder / "genai.npz"),
         )
         plain = Plain(files.release(_GENAI_WINDOWS), speed["greedy_ids"])
-        report |= in_genai(question, tokenizer, chat, plain, report["not_run"], time_limit, on_progress)
+        kept = limit if provider == CPU else None  # on another device it is not this process that holds the weights
+        report |= in_genai(question, tokenizer, chat, plain, report["not_run"], time_limit, on_progress, kept)
+    report["memory"]["file_bytes"] = file_bytes(graph)
+    return report
+
+
+def prove_foreign(
+    graph: Path,
+    expected: Expected,
+    *,
+    provider: str,
+    head_size: int,
+    text: texts.Text,
+    tokenizer_file: Path,
+    own_tokenizer: Path | None,
+    threads: int,
+    limit: Limit | None = None,
+    time_limit: float = 4 * 3600,
+    scratch: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """The report on a plain graph that any tool wrote, in ONNX Runtime: as `prove_onnx`, but nothing of its weights.
+
+    Its experts' choices are compared where it has an operator for experts. `head_size`: where the graph leaves it open;
+    `own_tokenizer`: the artifact's, None where it has none.
+    """
+    require_runnable(graph, provider)
+    tokenizer = texts.load_tokenizer(tokenizer_file)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as exchange:
+        files = Exchange(Path(exchange), expected)
+        asked = replace(ask(graph, expected, files, provider, threads), **_speed(expected), head_size=head_size)
+        report = in_modes(asked, expected, files, time_limit, on_progress, limit)
+    report.pop("arithmetic")
+    speed = report["speed"]
+    speed["greedy_text"] = tokenizer.decode(speed["greedy_ids"], skip_special_tokens=False)
+    if own_tokenizer is not None:
+        report |= compare_tokenizers(tokenizer, texts.load_tokenizer(own_tokenizer), texts.pieces(tokenizer, text))
     report["memory"]["file_bytes"] = file_bytes(graph)
     return report
 
@@ -110,20 +161,17 @@ def prove_onnx(
 def bench(
     graph: Path,
     tokens: I64,
+    plan: Plan,
     *,
     threads: int,
     provider: str = CPU,
-    prompt: int = _PROMPT,
-    generate: int = _GENERATE,
-    repeats: int = 3,
     head_size: int = 0,
     time_limit: float = 3600,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Speed and memory of a plain graph as shipped: "speed", "memory", "version", "provider", "load_average".
 
-    tokens int64 [W, T]: prefill takes T of them at once, decoding starts after `prompt` of the first row.
-    `head_size`: of keys and values, where the graph leaves it open.
+    tokens int64 [1, n] are what prompts are cut from. `head_size`: of keys and values, where the graph leaves it open.
     """
     require_runnable(graph, provider)
     request = onnx_worker.Request(
@@ -131,9 +179,8 @@ def bench(
         threads=threads,
         provider=provider,
         speed=tokens.tolist(),
-        prompt=prompt,
-        generate=generate,
-        repeats=repeats,
+        repeats=0,
+        plan=plan,
         head_size=head_size,
     )
     return _run(request, time_limit, on_progress)
@@ -142,24 +189,22 @@ def bench(
 def bench_genai(
     folder: Path,
     tokens: I64,
+    plan: Plan,
     *,
     threads: int,
     provider: str = "",
-    context: int = 0,
-    generate: int = _GENERATE,
-    repeats: int = 3,
     time_limit: float = 3600,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Greedy decoding of a folder in onnxruntime-genai after the first row of `tokens`; see `genai_worker.Request`."""
+    """The same of a folder in onnxruntime-genai; see `genai_worker.Request`."""
     request = genai_worker.Request(
         folder=str(folder.absolute()),
         threads=threads,
-        context=max(context, tokens.shape[1] + generate + 1),
+        context=_GENAI_ROOM,
         provider=provider,
-        prompt=tokens[0].tolist(),
-        generate=generate,
-        repeats=repeats,
+        repeats=0,
+        plan=plan,
+        text=tokens[0].tolist(),
     )
     return run_genai(request, time_limit, on_progress)
 
@@ -183,6 +228,13 @@ class Exchange:
         if expected.long is not None:
             expected.long.save(self.long)
         self.length = expected.release.tokens.shape[1]
+        self.asked = expected.further.question(folder) if expected.further is not None else {}
+        self.asked.get("columns", {}).pop(LONG, None)  # it is asked for in pieces, in both modes
+
+    def of_mode(self, mode: str) -> dict[str, Any]:
+        """What one mode is asked further: texts and answers as shipped, known mistakes where nothing is rounded."""
+        shipped = ("columns", "prompts", "answer", "ends")
+        return {k: v for k, v in self.asked.items() if (k in shipped) == (mode == "release")}
 
     def results(self, mode: str) -> Path:
         return self.folder / f"{mode}.npz"
@@ -213,10 +265,15 @@ def ask(graph: Path, expected: Expected, files: Exchange, provider: str, threads
 def _speed(expected: Expected) -> dict[str, Any]:
     """The part of a request that is about speed."""
     windows = expected.release.tokens[:_SPEED_WINDOWS].tolist()
-    return {"speed": windows, "prompt": _PROMPT, "generate": _GENERATE}
+    whole = proof_plan()
+    plan = replace(whole, seconds=whole.seconds / 2)  # onnxruntime-genai has the other half
+    return {"speed": windows, "prompt": _PROMPT, "generate": _GENERATE, "plan": plan}
 
 
-def _run(request: onnx_worker.Request, time_limit: float, on_progress: OnProgress | None) -> dict[str, Any]:
+def _run(
+    request: onnx_worker.Request, time_limit: float, on_progress: OnProgress | None, limit: Limit | None = None
+) -> dict[str, Any]:
+    request, limit = onnx_worker.under(request, limit)
     return child.run_worker(
         request,
         "exporter.validate.onnx_worker",
@@ -225,13 +282,22 @@ def _run(request: onnx_worker.Request, time_limit: float, on_progress: OnProgres
         subject=Path(request.graph).name,
         environment=environment(request.activations),
         on_progress=on_progress,
+        limit=limit,
     )
 
 
 def in_modes(
-    asked: onnx_worker.Request, expected: Expected, files: Exchange, time_limit: float, on_progress: OnProgress | None
+    asked: onnx_worker.Request,
+    expected: Expected,
+    files: Exchange,
+    time_limit: float,
+    on_progress: OnProgress | None,
+    limit: Limit | None = None,
 ) -> dict[str, Any]:
-    """The part of the report that ONNX Runtime alone gives; speed and memory, if asked, are of the graph as shipped."""
+    """The part of the report that ONNX Runtime alone gives; speed and memory, if asked, are of the graph as shipped.
+
+    `limit`: of the memory of the process that runs it as shipped.
+    """
     steps = {"prefill": asked.prefill, "steps": asked.steps}
     report: dict[str, Any] = {
         **dict.fromkeys(("export", "release", "arithmetic")),
@@ -244,11 +310,12 @@ def in_modes(
         report["not_run"]["long"] = f"the model takes no more than the {expected.trained:,} tokens it was trained on"
     else:
         report["long"] = {"tokens": expected.long.tokens.size, "trained": expected.trained}
+    answers: dict[str, Any] = {}
     for mode, activations in MODES.items():
-        request = replace(asked, activations=activations, results=str(files.results(mode)))
+        request = replace(asked, activations=activations, results=str(files.results(mode)), **files.of_mode(mode))
         if mode != "release":
             request = replace(request, speed=None, arithmetic=str(files.arithmetic))
-        answer = _run(request, time_limit, _labelled(on_progress, mode))
+        answer = _run(request, time_limit, _labelled(on_progress, mode), limit if mode == "release" else None)
         with np.load(request.results, allow_pickle=False) as results:
             _add_mode(report, mode, answer, results, expected)
         if "optimizer_difference" in answer:
@@ -264,9 +331,28 @@ def in_modes(
                 "accuracy_level": answer["accuracy_level"],
                 "load_average": answer.get("load_average"),
             }
+        answers |= {mode: answer.get("answers")}
+    if expected.further is not None:
+        more = _further(expected, expected.further, files, answers["release"])
+        report["not_run"] |= {**expected.further.not_run, **more.pop("not_run", {})}
+        report |= more
     differences = [report[name]["export"]["logit_difference"] for name in ("cached", "chunked")]
     report["cached"]["logit_difference"] = None if None in differences else max(differences)
     return report
+
+
+def _further(expected: Expected, further: Further, files: Exchange, answers: list[list[int]] | None) -> dict[str, Any]:
+    """See `further_report`."""
+    with np.load(files.results("release"), allow_pickle=False) as results:
+        plain = expected.release, Positions.of(results, "windows")
+        columns = {
+            column.name: {"release": Positions.of(results, LONG if column.name == LONG else f"{column.name}.release")}
+            for column in further.columns
+        }
+    with np.load(files.results("export"), allow_pickle=False) as results:
+        base = Positions.of(results, "windows")
+        beside = {name: Positions.of(results, PREFIX + name) for name in further.twins}
+    return further_report(further, plain, columns, base, beside, answers)
 
 
 def _labelled(on_progress: OnProgress | None, mode: str) -> OnProgress | None:
@@ -286,29 +372,15 @@ def _add_mode(
     for name in ("cached", "chunked"):
         figures = few(Positions.of(results, name))
         report[name][mode] = {**figures, "logit_difference": _finite(answer[f"{name}_difference"])}
-    report["router"][mode] = flips(expected.routes, results["routes"], windows)
+    if "routes" in results:
+        report["router"][mode] = flips(expected.routes, results["routes"], windows)
+    else:
+        report.pop("router", None)
+        report["not_run"]["router"] = "the graph has no operator for experts whose choices could be read"
     if expected.long is not None:
         positions = Positions.of(results, "long")
         before = summary(positions.take(slice(0, expected.trained)))
         report["long"][mode] = {**summary(positions.take(slice(expected.trained, None))), "before": before}
-
-
-def flips(wanted: U16, found: U16, windows: Positions) -> dict[str, Any]:
-    """How many choices of experts differ as sets; wanted and found uint16 [layers, N, top_k], each ascending.
-
-    A choice is one token in one layer. `windows` has the KL of each of the N positions: its mean is
-    given for those where no layer chose otherwise, and for the rest; None where there are none.
-    """
-    differs = (wanted != found).any(axis=2)  # [layers, N]
-    somewhere = differs.any(axis=0)  # [N]
-    kept, flipped = windows.kl[~somewhere], windows.kl[somewhere]
-    return {
-        "flips": int(differs.sum()),
-        "share": float(differs.mean()),
-        "positions": int(somewhere.sum()),
-        "kl_mean_without_flips": _finite(float(kept.mean())) if len(kept) else None,
-        "kl_mean_with_flips": _finite(float(flipped.mean())) if len(flipped) else None,
-    }
 
 
 def _finite(value: float) -> float | None:

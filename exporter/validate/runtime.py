@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ import numpy as np
 
 from exporter.errors import ExporterError
 from exporter.model.reference import I64, ReferenceLogits
-from exporter.validate import child, llama_cpp
+from exporter.validate import child, llama_cpp, speed
 from exporter.validate import text as texts
+from exporter.validate.accuracy import Further, further_report
 from exporter.validate.child import OnProgress
+from exporter.validate.limits import Limit
 from exporter.validate.llama_cpp import FlashAttention, KvType
 from exporter.validate.llama_worker import Request
-from exporter.validate.metrics import Positions, between, summary
+from exporter.validate.metrics import Positions, between, flips, summary
+from exporter.validate.twins import PREFIX
 
 SCRATCH_PREFIX = ".proof-"
+_QUICK = {"generate": 0, "repeats": 1}
 
 
 def prove_gguf(
@@ -36,14 +41,17 @@ def prove_gguf(
     release: ReferenceLogits,
     runtime: ReferenceLogits,
     threads: int,
+    further: Further | None = None,
+    limit: Limit | None = None,
     flash_attention: FlashAttention = "auto",
     kv_type: KvType = "f16",
     context: int = 0,
-    time_limit: float = 3600,
+    quick: bool = False,
+    time_limit: float = 4 * 3600,
     scratch: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """The report on a GGUF (its first file, if split).
+    """The report on a GGUF (its first file, if split); `quick`: with next to nothing of its speed.
 
     `tokens` int64 [W, T] are what both references were computed on: `release` with the rope as
     released, `runtime` with `llama_cpp.runtime_rope`. `text` is what they are from; the runtime's
@@ -51,7 +59,8 @@ def prove_gguf(
     for `context` tokens.
 
     Keys: export (against `runtime`), release, runtime_difference (`runtime` against `release`),
-    each as metrics.summary gives; tokenizer_equal and tokenizer; speed; memory; runtime.
+    each as metrics.summary gives; tokenizer_equal and tokenizer; speed; memory; runtime. `further` (its twins of
+    `runtime`) adds what accuracy.further_report gives, and router.
     `scratch`: where a folder for the exchange with the worker is made; a killed run leaves it there.
     Raises ExporterError when the file cannot be run, or not within `time_limit` seconds.
     """
@@ -63,10 +72,15 @@ def prove_gguf(
     pieces = texts.pieces(tokenizer, text)
     references = {"export": runtime, "release": release}
     settings: dict[str, Any] = {"flash_attention": flash_attention, "kv_type": kv_type, "context": context}
+    settings |= _QUICK if quick else {"plan": replace(speed.proof_plan(), context=context)}
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=scratch) as folder:
-        request = _request(path, Path(folder), references, pieces=pieces, threads=threads, **settings)
-        answer = run_worker(request, time_limit, on_progress=on_progress)
-        found = _results(request)
+        if further is not None:
+            settings |= further.question(Path(folder))
+        beside = settings.pop("twins", {})
+        request = _request(path, Path(folder), references, beside, pieces=pieces, threads=threads, **settings)
+        answer = run_worker(request, time_limit, on_progress=on_progress, limit=limit)
+        found = {name: each for name, each in _results(request).items() if name in references}
+        more = _further(request, further, release, found, answer) if further is not None else {}
     tokenizer_report = compare_ids(pieces, [texts.encode(tokenizer, p) for p in pieces], answer["ids"])
     return {
         **{name: summary(positions) for name, positions in found.items()},
@@ -86,22 +100,45 @@ def prove_gguf(
             "kv_type": kv_type,
             "load_average": answer["load_average"],
         },
+        **more,
     }
+
+
+def _further(
+    request: Request,
+    further: Further,
+    release: ReferenceLogits,
+    found: Mapping[str, Positions],
+    answer: Mapping[str, Any],
+) -> dict[str, Any]:
+    with np.load(request.results, allow_pickle=False) as results:
+        columns = {
+            column: {name: Positions.of(results, f"{column}.{name}") for name in files}
+            for column, files in request.columns.items()
+        }
+        beside = {name: Positions.of(results, PREFIX + name) for name in further.twins}
+        routes = results.get("routes")
+    report = further_report(further, (release, found["release"]), columns, found["export"], beside, answer["answers"])
+    report["not_run"] = {**further.not_run, **report.get("not_run", {})}
+    if routes is None:
+        report["not_run"]["router"] = answer["no_routes"]
+    elif further.routes is not None:
+        report["router"] = {"choices": int(routes.shape[0] * routes.shape[1])}
+        report["router"]["release"] = flips(further.routes, routes, found["release"])
+    return report
 
 
 def bench_gguf(
     path: Path,
+    plan: speed.Plan,
     *,
     threads: int,
-    prompt: int,
-    generate: int,
-    repeats: int,
     time_limit: float = 3600,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Speed and memory of a GGUF on held-out text: `prompt` tokens at once, then `generate` greedy ones.
+    """Speed and memory of a GGUF on held-out text, by a plan alone: "speed" as speed.extended gives it.
 
-    Keys: "speed", "memory", "version", "load_average", as in the report on a proof.
+    Also "memory", "version", "load_average", as in the report on a proof.
     """
     request = Request(
         model=str(path.absolute()),
@@ -109,20 +146,21 @@ def bench_gguf(
         results="",
         pieces=[],
         threads=threads,
-        length=prompt,
-        prompt=prompt,
-        generate=generate,
-        repeats=repeats,
+        length=speed.PROMPT_TEXT,
+        repeats=0,
+        plan=plan,
     )
     return run_worker(request, time_limit, on_progress=on_progress)
 
 
-def _request(path: Path, folder: Path, references: Mapping[str, ReferenceLogits], **settings: Any) -> Request:
-    """What the worker is asked, with the references laid into `folder` for it."""
+def _request(
+    path: Path, folder: Path, references: Mapping[str, ReferenceLogits], beside: Mapping[str, str], **settings: Any
+) -> Request:
+    """What the worker is asked, with the references laid into `folder` for it; those `beside` are there already."""
     files = {name: folder / f"{name}.npz" for name in references}
     for name, logits in references.items():
         logits.save(files[name])
-    named = {name: str(file) for name, file in files.items()}
+    named = {name: str(file) for name, file in files.items()} | dict(beside)
     return Request(model=str(path.absolute()), references=named, results=str(folder / "results.npz"), **settings)
 
 
@@ -149,6 +187,7 @@ def run_worker(
     time_limit: float,
     command: Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
+    limit: Limit | None = None,
 ) -> dict[str, Any]:
     """The llama.cpp worker's answer; see `child.run_worker`."""
     return child.run_worker(
@@ -159,6 +198,7 @@ def run_worker(
         subject=Path(request.model).name,
         command=command,
         on_progress=on_progress,
+        limit=limit,
     )
 
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from exporter.errors import ExporterError
-from exporter.model.layer import import_torch
 from exporter.model.reference import ReferenceLogits
+from exporter.model.torch import import_torch
 from exporter.numerics.floats import F32
 from exporter.validate import child
 from exporter.validate.child import OnProgress

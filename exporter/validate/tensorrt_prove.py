@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from exporter.errors import ExporterError, MissingExtra
-from exporter.model.layer import import_torch
 from exporter.model.reference import ReferenceLogits
+from exporter.model.torch import import_torch
 from exporter.validate import onnx_twin, onnx_worker, tensorrt, tensorrt_gpu_worker
 from exporter.validate import text as texts
 from exporter.validate.child import OnProgress, run_worker

@@ -43,6 +43,10 @@ EDGE_CASES = (
 )
 
 
+class TooShort(UsageError):
+    """A text that does not fill the windows that were asked for."""
+
+
 @dataclass(frozen=True)
 class Text:
     """Documents in a fixed order. `source` says in words where they are from."""
@@ -119,7 +123,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def windows(tokenizer_file: Path, text: Text, count: int, length: int) -> Windows:
-    """`count` windows of `length` tokens. Raises UsageError when the text is too short.
+    """`count` windows of `length` tokens. Raises TooShort, a UsageError.
 
     Documents take turns, two windows' worth of tokens each, and are joined end to end: long files
     do not crowd out the others, and short messages fill windows together.
@@ -133,7 +137,7 @@ def windows(tokenizer_file: Path, text: Text, count: int, length: int) -> Window
         if len(taken) >= need:
             tokens = np.array(taken[:need], np.int64).reshape(count, length)
             return Windows(tokens, text.sha256, text.source)
-    raise UsageError(
+    raise TooShort(
         f"{text.source} has {len(taken):,} tokens, {count} windows of {length} need {need:,}",
         hint="give a longer text, or fewer or shorter windows",
     )

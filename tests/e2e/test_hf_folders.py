@@ -177,6 +177,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(proved, tmp_path):
         assert [name for name, good in judged(root / f"{fmt}.toml", tmp_path / "out").items() if not good] == [gate]
 
 
+@pytest.mark.slow
 def test_an_edited_config_is_found(proved, tmp_path):
     root, fmt, _ = proved
     shutil.copytree(root / "out", tmp_path / "out")

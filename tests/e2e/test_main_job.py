@@ -33,7 +33,8 @@ def test_the_answer_is_complete(demo_run):
 
 def test_the_folder_holds_one_runnable_thing(demo_run):
     names = sorted(p.name for p in demo_run.folder.iterdir())
-    assert names == ["SHA256SUMS", "manifest.json", "report.json", "tiny-gpt-oss-mxfp4-q8.gguf"]
+    reports = ["report.html", "report.json", "report.md"]
+    assert names == ["SHA256SUMS", "manifest.json", *reports, "tiny-gpt-oss-mxfp4-q8.gguf"]
     for line in (demo_run.folder / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((demo_run.folder / name).read_bytes()).hexdigest() == digest
@@ -124,6 +125,7 @@ def test_off_the_grid_is_rounded_and_said(tmp_path):
     assert (entry["method"], entry["scale_rule"]) == ("repack", "mse")
 
 
+@pytest.mark.slow
 def test_splits_are_one_model_to_llama_cpp(tmp_path):
     """A profile that splits at 1 MB: several files, one artifact, still proven."""
     from exporter.pipeline.profiles import source_text
@@ -141,6 +143,7 @@ def test_splits_are_one_model_to_llama_cpp(tmp_path):
     assert artifact["digests_equal"] is True
 
 
+@pytest.mark.slow
 def test_the_structure_twin_separates_export_from_quantization(tmp_path):
     """All in float32, the file differs from the runtime's own arithmetic by the runtime's noise alone."""
     done = run_exporter("quantize", "-p", "16gb", DEMO, "--recipe", "f32", "--out", tmp_path, "--json")

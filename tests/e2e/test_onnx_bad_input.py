@@ -236,7 +236,7 @@ def test_files_of_another_size_are_made_again(job, sound):
     assert {name: again[name] for name in again if name != "manifest.json"} == {
         name: whole[name]
         for name in whole
-        if name not in ("manifest.json", "SHA256SUMS")  # hashes come with the proof
+        if name not in ("manifest.json", "SHA256SUMS", "report.md", "report.html")  # hashes come with the proof
     }
 
 
@@ -258,12 +258,14 @@ def test_a_bit_of_a_code_and_a_bit_of_the_cosines(job):
     assert {"digests_equal", "head_equal"} <= failed_gates(job)
 
 
+@pytest.mark.slow
 def test_the_graph_for_genai_with_another_window(job):
     """The plain graph is sound, and the weights are: only what genai makes of them differs."""
     rewrite(job.folder / GENAI, set_attribute("local_window_size", "i", 128, 130))
     assert failed_gates(job) & {"head_equal", "genai_difference", "digests_equal"} == {"head_equal", "genai_difference"}
 
 
+@pytest.mark.slow
 def test_the_plain_graph_with_another_limit(job):
     rewrite(job.folder / PLAIN, set_attribute("swiglu_limit", "f", 7.0, 2.0))
     assert {"head_equal", "arithmetic_kl_mean"} <= failed_gates(job)
@@ -395,7 +397,7 @@ def test_a_variable_that_changes_the_kernels_is_refused_before_any_work(sound, t
 
 
 def test_bench_of_more_tokens_than_the_model_takes(job):
-    done = run_exporter("bench", job.folder, "--prompt", 4000, "--tokens", 200, "--repeats", 1)
+    done = run_exporter("bench", job.folder, "--prompt", 5000, "--depth", 4000, "--tokens", 200, "--repeats", 1)
     assert one_clear_line(done, 2, "4,096", "--prompt")
 
 

@@ -72,6 +72,7 @@ def test_a_damaged_journal_costs_only_what_it_said(line, whole, tmp_path):
     assert the_file(tmp_path).read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_byte_of_metadata_that_changed_fails_a_gate(tmp_path):
     assert quantize(DEMO, tmp_path, until="validate").code == 0
     path = the_file(tmp_path)
@@ -93,6 +94,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_stray_files_of_odd_content_are_no_obstacle(tmp_path):
     assert quantize(DEMO, tmp_path, until="validate").code == 0
     (tmp_path / "tiny-gpt-oss" / "source-hashes.json").write_text("[]")
@@ -183,6 +185,7 @@ def test_an_artifact_without_its_file_is_made_again(damage, whole, tmp_path):
     assert the_file(tmp_path).read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_an_edited_manifest_is_seen(tmp_path):
     assert quantize(DEMO, tmp_path, until="validate").code == 0
     manifest = made(tmp_path) / "manifest.json"
@@ -202,6 +205,7 @@ def test_a_verdict_does_not_outlive_its_artifact(tmp_path):
     assert not (made(tmp_path) / "report.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["truncation", "padding"])
 def test_what_training_left_in_the_tokenizer_does_not_matter(key, tmp_path):
     model = variants.copy(tmp_path / "model")

@@ -172,7 +172,8 @@ def test_an_engine_holds_the_bytes_that_were_planned(proved):
 
 def test_what_did_not_run_is_said(proved):
     _, report, _ = proved
-    assert report["not_run"] == {"gpu": "no engine was executed: there is no NVIDIA GPU here"}
+    assert report["not_run"]["gpu"] == "no engine was executed: there is no NVIDIA GPU here"
+    assert set(report["not_run"]) == {"gpu", "generation.length_difference"}
     assert (report["runtime"]["executed_on_gpu"], report["runtime"]["executed_on_target"]) == (False, False)
     assert not {"speed", "gpu"} & set(report)
 
@@ -231,6 +232,7 @@ def unbuilt(model, tmp_path_factory):
     return arguments, done.json["artifacts"][0]
 
 
+@pytest.mark.slow
 def test_without_tensorrt_the_rest_is_proved_and_it_says_so(unbuilt):
     artifact = unbuilt[1]
     report = report_of(artifact)
@@ -275,6 +277,7 @@ def test_a_machine_without_the_memory_for_it_leaves_the_graphs_out(model, tmp_pa
     assert {"parser_rules_kept", "export_kl_mean", "digests_equal"} <= gate_names(report, True)
 
 
+@pytest.mark.slow
 def test_without_tensorrt_the_parsers_rules_decide(model, tmp_path):
     """A graph that no builder would take for Turing: experts chosen in float32."""
     arguments = request(model, tmp_path, ("tensorrt", "f32", "sm75"))
@@ -301,6 +304,7 @@ def test_another_tensorrt_is_refused_before_any_work(model, tmp_path):
     assert run_changed(ANOTHER_TENSORRT, *arguments).code == 0
 
 
+@pytest.mark.slow
 def test_engines_that_do_not_build_fail_their_gates_alone(model, tmp_path):
     """Two artifacts, and a limit of memory that no build keeps."""
     pytest.importorskip("tensorrt_rtx")

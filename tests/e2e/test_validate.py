@@ -80,8 +80,12 @@ def test_the_same_is_found_from_the_files_alone(proved, tmp_path):
     assert (row["status"], row["path"], row["format"], row["recipe"]) == ("passed", str(place), "mxfp4", "mxfp4-bf16")
     assert row["digests"] == {"tensors": 79, "equal": 79, "different": []}
     assert row["bytes"] == sum(p.stat().st_size for p in (place / name for name in read_made(place).files))
-    assert json.loads((place / "report.json").read_text()) == before
-    assert {p.name for p in (out / "tiny-gpt-oss").iterdir()} == {".lock", "one-", "reference", "source-hashes.json"}
+    after = json.loads((place / "report.json").read_text())
+    for report in (before, after):  # when it was made, and how busy the machine was
+        del report["made"], report["hardware"]
+    assert after == before
+    assert {p.name for p in (out / "tiny-gpt-oss").iterdir()} == {".lock", "one-", "source-hashes.json"}
+    assert "<html" in (place / "report.html").read_text()
 
 
 def test_a_moved_artifact_leaves_nothing_beside_it(folder, ask, tmp_path, monkeypatch):
@@ -93,6 +97,29 @@ def test_a_moved_artifact_leaves_nothing_beside_it(folder, ask, tmp_path, monkey
     assert not list((tmp_path / "scratch").iterdir())
 
 
+def test_controls_are_asked_for(folder, ask, monkeypatch):
+    """Of all of them two here; tests/e2e/test_controls.py has the others. What fails are copies, not the artifact."""
+    from exporter.pipeline import controls
+
+    few = [control for control in controls.CONTROLS if control.name in ("scale off by one", "window off by one")]
+    monkeypatch.setattr(controls, "CONTROLS", few)
+    before = {name: sha256(folder / name) for name in read_made(folder).files}
+    (result,) = ask(controls=True).artifacts
+    assert result.status == "passed"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "passed"
+    assert [(each["name"], each["caught"]) for each in report["controls"]] == [(each.name, True) for each in few]
+    assert [each["gates_failed"] for each in report["controls"]] == [
+        ["head_equal", "behaves_as_released"],
+        ["digests_equal"],
+    ]
+    for control in few:
+        assert control.name in (folder / "report.md").read_text()
+        assert control.name in (folder / "report.html").read_text()
+    assert {name: sha256(folder / name) for name in before} == before
+
+
+@pytest.mark.slow
 def test_the_profile_is_the_one_that_it_was_made_for(demo_run, tmp_path):
     place = tmp_path / "tiny-gpt-oss" / "16gb" / demo_run.folder.name
     shutil.copytree(demo_run.folder, place)
@@ -106,6 +133,7 @@ def test_the_profile_is_the_one_that_it_was_made_for(demo_run, tmp_path):
     assert json.loads((place / "report.json").read_text())["runtime"]["name"] == "llama.cpp"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_hub_is_found_by_itself(proved, tmp_path):
     env = {
         "HF_HOME": str(tmp_path / "home"),

@@ -347,7 +347,7 @@ def test_a_folder_for_webgpu_runs_on_the_cpu_and_says_what_it_could_not(
     with pytest.raises(ExporterError, match=r"onnxruntime-genai .* cannot load .*not supported in this build"):
         genai.run_genai(request, 60, None)
     missing: dict[str, str] = {}
-    positions = metrics.Positions(*[np.zeros(1)] * 4)
+    positions = metrics.Positions(*[np.zeros(1)] * 6)
     assert genai.in_genai(request, None, "no template", genai.Plain(positions, []), missing, 60, None) == {}
     assert "not supported in this build" in missing["genai"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from exporter.errors import ExporterError
 from exporter.validate import child, genai, genai_worker, onnx_worker, onnxruntime, text
 from exporter.validate.onnx_kernels import CPU
 from exporter.validate.onnx_session import QMOE_GEMM
+from exporter.validate.speed import Plan
 from tests.conftest import DEMO, make_artifact
 
 onnx = pytest.importorskip("onnx")
@@ -24,13 +27,50 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_bench(folder: Path) -> None:
+    tokens = text.windows(DEMO / "tokenizer.json", text.standard_library(), 1, 700).tokens
+    plan = Plan(prompts=(64, 600), generate=4, depths=(0, 300, 5000), repeats=2, context=4096)
+    answer = onnxruntime.bench(folder / "model.onnx", tokens, plan, threads=1)
+    chat = onnxruntime.bench_genai(folder, tokens, plan, threads=1)
+    for memory, speed in ((answer["memory"], answer["speed"]), (chat["memory"], chat)):
+        assert [test["test"] for test in speed["tests"]] == ["pp64", "pp600", "tg4", "tg4 @ d300"]
+        assert all(len(test["runs"]) == 2 and test["low"] > 0 for test in speed["tests"])
+        assert list(speed["not_run"]) == ["tg4 @ d5000"]
+        assert memory["peak_rss_bytes"] >= speed["tests"][-1]["peak_rss_bytes"] > 0
+
+
+def test_the_same_tokens_in_both(folder: Path) -> None:
     tokens = text.windows(DEMO / "tokenizer.json", text.standard_library(), 2, 64).tokens
-    answer = onnxruntime.bench(folder / "model.onnx", tokens, threads=1, prompt=8, generate=4, repeats=2)
-    speed = answer["speed"]
+    settings: dict[str, Any] = {"generate": 4, "repeats": 2}
+    asked = onnx_worker.Request(str(folder / "model.onnx"), 1, CPU, speed=tokens.tolist(), prompt=8, **settings)
+    speed = onnxruntime._run(asked, 60, None)["speed"]
     assert (speed["prefill_length"], speed["decode_length"], len(speed["decode_runs"])) == (64, 4, 2)
-    assert answer["memory"]["peak_rss_bytes"] > 0
-    chat = onnxruntime.bench_genai(folder, tokens[:, :8], threads=1, context=129, generate=4, repeats=2)
+    assert [test["test"] for test in speed["tests"]] == ["pp64", "tg4 @ d8"]
+    chat = genai.run_genai(
+        genai_worker.Request(str(folder), 1, 129, prompt=tokens[0, :8].tolist(), **settings), 60, None
+    )
     assert chat["greedy_ids"] == speed["greedy_ids"]
+    assert [test["test"] for test in chat["tests"]] == ["tg4 @ d8"]
+
+
+def test_an_answer_that_has_ended_is_fed_on(folder: Path, tmp_path: Path) -> None:
+    """Where every token ends the answer, the cache must grow all the same: else a step at a depth is none."""
+    ends = tmp_path / "x"
+    shutil.copytree(folder, ends)
+    config = json.loads((ends / "genai_config.json").read_text())
+    config["model"]["eos_token_id"] = list(range(config["model"]["vocab_size"]))
+    (ends / "genai_config.json").write_text(json.dumps(config))
+    plan = Plan(prompts=(8,), generate=4, depths=(0, 20), repeats=2)
+    asked = genai_worker.Request(str(ends), 1, 129, repeats=0, plan=plan, text=[5, 6, 7, 8])
+    chat = genai.run_genai(asked, 60, None)
+    assert [test["test"] for test in chat["tests"]] == ["pp8", "tg4", "tg4 @ d20"]
+    runner = genai_worker._Runner(genai_worker._Model(asked))
+    runner.room(20)
+    runner.clear()
+    runner.prefill([5, 6, 7])
+    token = runner.first()
+    for _ in range(5):
+        token = runner.step(token)
+    assert runner.generator.token_count() == 3 + 5
 
 
 def test_a_damaged_folder(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,11 @@ def test_other_files_that_cannot_be_used(demo_checkpoint: Checkpoint, tmp_path: 
     empty.mkdir()
     with pytest.raises(UsageError, match="holds no text files"):
         get(empty, demo_checkpoint, tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")  # nobody writes: opening it would wait for ever
+    with pytest.raises(UsageError, match=r"pipe.txt is no plain file"):
+        get(tmp_path / "pipe.txt", demo_checkpoint, tmp_path)
     for name in ("missing.jsonl", "data/missing.txt", "nonsense", "https://x/y", "../x/y"):
-        with pytest.raises(UsageError, match="no calibration text"):
+        with pytest.raises(UsageError, match="no text"):
             get(name, demo_checkpoint, tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_chosen_experts_are_a_set_of_the_largest() -> None:
 
 def test_flips_without_any_have_no_mean() -> None:
     kl = np.array([0.5, 0.25])
-    positions = Positions(kl, kl, kl, kl)
+    positions = Positions(*[kl] * 6)
     routes = np.zeros((3, 2, 1), np.uint16)
     assert flips(routes, routes, positions) == {
         "flips": 0,

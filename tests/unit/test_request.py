@@ -34,10 +34,10 @@ def edited(old, new, profile="16gb"):
 
 def test_what_is_made_on_request_waits_for_its_format():
     assert folders(PROFILE) == ["gguf-mxfp4-q8"]
-    every = ["onnx-gptq-int4-g64-cpu", "onnx-gptq-int4-g64-webgpu", "onnx-mxfp4-q8-cuda"]
+    every = ["onnx-gptq-int4-g64-cpu", "onnx-gptq-int4-g64-webgpu"]
     assert folders(PROFILE, ("onnx",)) == every
     assert folders(PROFILE, ("onnx", "gguf")) == ["gguf-mxfp4-q8", *every]
-    assert folders(PROFILE, ("onnx",), ("cuda", "cpu")) == [every[0], every[2]]
+    assert folders(PROFILE, ("onnx",), ("webgpu",)) == every[1:]
 
 
 def test_a_recipe_replaces_that_of_what_is_made_by_default():
@@ -50,8 +50,9 @@ def test_a_recipe_replaces_that_of_what_is_made_by_default():
     ("formats", "targets", "words", "hint"),
     [
         ((), ("cpu",), "is not asked for", "--format onnx --target cpu"),
-        (("onnx",), ("cdua",), 'Did you mean "cuda"?', "targets: cpu, cuda, webgpu"),
-        (("gguf",), ("npu",), 'nothing for target "npu"', "targets: cpu, cuda, sm120, sm80, webgpu"),
+        (("onnx",), ("webgup",), 'Did you mean "webgpu"?', "targets: cpu, webgpu"),
+        (("gguf",), ("npu",), 'nothing for target "npu"', "targets: cpu, sm120, sm80, webgpu"),
+        (("onnx",), ("cuda",), 'nothing for target "cuda"', "--profile 24gb makes it"),
         (("tensorrt",), ("sm75",), 'nothing for target "sm75"', "--profile 48gb makes it"),
         (("gptq",), (), "makes no gptq; it makes gguf, mxfp4, onnx", "[[artifact]]"),
     ],

@@ -16,7 +16,7 @@ from exporter.types.recipe import CalibrationSpec
 from exporter.validate import text as texts
 from exporter.validate.text import Windows
 
-__all__ = ["Windows", "calibration_windows"]
+__all__ = ["Windows", "calibration_windows", "text_reader"]
 
 
 def calibration_windows(
@@ -42,18 +42,26 @@ def calibration_windows(
         return written.by_the_model(checkpoint, count, length, scratch, device, progress, keep_bytes)
     if setting.text == "standard-library":
         return texts.windows(checkpoint.tokenizer_file, texts.standard_library("calibration"), count, length)
-    path = Path(setting.text).expanduser()
+    reader, source = text_reader(setting.text, progress, '"standard-library", "self", ')
+    return corpus.corpus_windows(checkpoint, reader, source, count, length)
+
+
+def text_reader(setting: str, progress: Progress, words: str = "") -> tuple[corpus.Reader, str]:
+    """Reads the rows of a file, a folder or a Hub dataset, and what to call it. Raises UsageError for no such text.
+
+    words: what else a hint may name, "..., ".
+    """
+    path = Path(setting).expanduser()
     if path.exists():
-        return corpus.corpus_windows(checkpoint, corpus.files_reader(path), str(path), count, length)
-    dataset = None if setting.text.endswith(SUFFIXES) and ":" not in setting.text else parse_dataset(setting.text)
+        return corpus.files_reader(path), str(path)
+    dataset = None if setting.endswith(SUFFIXES) and ":" not in setting else parse_dataset(setting)
     if dataset is None:
         raise UsageError(
-            f"no calibration text {setting.text}",
-            hint='give "standard-library", "self", a file, a folder, or a Hub dataset (org/name[@revision][:file])',
+            f"no text {setting}",
+            hint=f"give {words}a file, a folder, or a Hub dataset (org/name[@revision][:file])",
         )
     pinned, names = list_texts(dataset)
-    source = f"{HubDataset(pinned, dataset.part)} on the Hub"
-    return corpus.corpus_windows(checkpoint, _dataset_reader(pinned, names, progress), source, count, length)
+    return _dataset_reader(pinned, names, progress), f"{HubDataset(pinned, dataset.part)} on the Hub"
 
 
 def _dataset_reader(repo: HubModel, names: list[str], progress: Progress) -> corpus.Reader:

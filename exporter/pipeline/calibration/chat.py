@@ -33,15 +33,20 @@ def render(checkpoint: Checkpoint, rows: Sequence[Row]) -> list[str]:
             f"{checkpoint.path}: no chat template, which conversations need",
             hint="copy chat_template.jinja from the source model",
         )
+    return rendered(checkpoint.path, checkpoint.chat_template, checkpoint.tokenizer_config or {}, rows)
+
+
+def rendered(where: Path, template: str, tokenizer_config: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """The same by the template of `where`. "add_generation_prompt": true in a chat opens the assistant's turn."""
     if importlib.util.find_spec("jinja2") is None:
         raise MissingExtra("jinja2", "validate", "reading conversations")
-    settings = {"template": checkpoint.chat_template, "tokens": _tokens(checkpoint.tokenizer_config or {})}
+    settings = {"template": template, "tokens": _tokens(tokenizer_config)}
     lines = _run([settings, *(row.chat for row in rows)], _SECONDS + _SECONDS_EACH * len(rows))
     last = lines[-1] if lines else None
     if isinstance(last, dict):
         reason = " ".join(str(last["error"]).split())[:300]
         if last["number"] < 0:
-            raise BadCheckpoint(f"{checkpoint.path}: its chat template cannot be read: {reason}", hint="copy it again")
+            raise BadCheckpoint(f"{where}: its chat template cannot be read: {reason}", hint="copy it again")
         raise UsageError(
             f"{rows[last['number']].where}: the chat template does not take this: {reason}",
             hint="repair or remove that conversation",

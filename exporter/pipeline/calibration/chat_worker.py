@@ -70,7 +70,7 @@ def main() -> None:
             number += 1
             chat = json.loads(line)
             messages = [with_reasoning(m) for m in chat.pop("messages")]
-            print(json.dumps(template.render(messages=messages, add_generation_prompt=False, **chat)))
+            print(json.dumps(template.render(**{"add_generation_prompt": False, **chat}, messages=messages)))
     except Exception as error:  # the template's own, of any kind
         kind = type(error).__name__
         reason = str(error) if kind == "TemplateError" else f"{kind}: {error}"

@@ -31,6 +31,8 @@ _CHARACTERS = 16  # read for each token wanted, at first: 4 to 5 is usual
 def files_reader(path: Path) -> Reader:
     """Rows of a file, or of all text files in a folder, which then take turns."""
     if not path.is_dir():
+        if not path.is_file():  # a pipe waits for whoever writes it
+            raise UsageError(f"{path} is no plain file", hint=f"text files end in {', '.join(SUFFIXES[:4])}")
         return lambda characters: read_rows(path, str(path), characters)
     found = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file() and not _hidden(p, path)]
     if not found:
@@ -63,7 +65,8 @@ def corpus_windows(checkpoint: Checkpoint, reader: Reader, source: str, count: i
     while True:
         enough = characters * count * length
         rows, repeated, whole = _gather(reader(enough), enough, 2 * characters * length)
-        text = _text(checkpoint, rows, f"{source} ({repeated:,} repeated rows left out)" if repeated else source)
+        named = f"{source} ({repeated:,} repeated rows left out)" if repeated else source
+        text = _text(checkpoint, rows, named, enough)
         try:
             return texts.windows(checkpoint.tokenizer_file, text, count, length)
         except UsageError:
@@ -93,12 +96,13 @@ def _gather(rows: Iterable[Row], enough: int, each: int) -> tuple[list[Row], int
     return list(taken.values()), repeated, whole
 
 
-def _text(checkpoint: Checkpoint, rows: list[Row], source: str) -> texts.Text:
+def _text(checkpoint: Checkpoint, rows: list[Row], source: str, enough: int) -> texts.Text:
+    """Documents of at most `enough` characters each: a tokenizer takes 200 bytes of memory for one."""
     if not rows:
         raise UsageError(f"{source} holds no text", hint="give a text that is not empty")
     _require_own_template(rows, source)
     rendered = iter(chat.render(checkpoint, [r for r in rows if r.chat is not None]))
-    documents = [row.text if row.text is not None else next(rendered) for row in rows]
+    documents = [(row.text if row.text is not None else next(rendered))[:enough] for row in rows]
     for row, document in zip(rows, documents, strict=True):
         try:
             document.encode()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import Refused, UsageError
 from exporter.model.generate import BLOCK, generate
 from exporter.model.reference import I64
+from exporter.model.weights import Weights, room
 from exporter.numerics import decode
 from exporter.numerics.floats import F32
 from exporter.pipeline.calibration.openings import OPENINGS
@@ -27,7 +30,6 @@ from exporter.pipeline.source import fingerprint
 from exporter.validate import text as texts
 
 SEED, TEMPERATURE, TOP_P = 0, 1.0, 1.0
-_KEEP_ON_CPU = 1 << 30  # bytes
 _ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
 _UNASKED = 4  # one window in so many begins with the start token
 
@@ -45,12 +47,49 @@ def by_the_model(
 
     The cost is in model/generate.py. `scratch` holds the tokens, under a name of their own for each
     checkpoint and setting; a killed run goes on from the last full block of 32. `keep_bytes` of weights
-    stay on the device; None: 1 GiB on a CPU, most of what is free on a GPU.
+    stay on the device; None: 0.25 GiB on a CPU, most of what is free on a GPU.
     """
     if count < 1 or length < 2:
         raise UsageError(f"{count} windows of {length} tokens", hint="at least 1 window of 2 tokens")
     script = Script(checkpoint, count)
-    settings = f"{count} {length} {SEED} {TEMPERATURE} {TOP_P} {BLOCK} {device.partition(':')[0]} {script.key}"
+    tokens = written(checkpoint, script, count, length, Sampling(), scratch, device, progress, keep_bytes)
+    digest = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest()
+    return texts.Windows(tokens, digest, f"written by the model itself (seed {SEED}, temperature {TEMPERATURE:g})")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model chooses. temperature 0: the likeliest token."""
+
+    seed: int = SEED
+    temperature: float = TEMPERATURE
+    top_p: float = TOP_P
+
+
+class Scripted(Protocol):
+    """model/generate.Script, and what names it."""
+
+    key: str
+
+    def __call__(self, tokens: I64) -> I64: ...
+
+
+def written(
+    checkpoint: Checkpoint,
+    script: Scripted,
+    count: int,
+    length: int,
+    sampling: Sampling,
+    scratch: Path,
+    device: str,
+    progress: Progress,
+    keep_bytes: int | None = None,
+    weights: Weights | None = None,
+    stage: str = "the model writes calibration text",
+) -> I64:
+    """Tokens int64 [count, length] that `script` and the model write; see `by_the_model`. `weights`: the model's."""
+    how = f"{sampling.seed} {sampling.temperature} {sampling.top_p}"
+    settings = f"{count} {length} {how} {BLOCK} {device.partition(':')[0]} {script.key}"
     key = hashlib.sha256(f"{fingerprint(checkpoint, {})} {settings}".encode()).hexdigest()[:24]
     scratch.mkdir(parents=True, exist_ok=True)
     journal, known = _opened(scratch / f"written-{key}.jsonl", count, length, checkpoint.config.vocab_size)
@@ -62,28 +101,26 @@ def by_the_model(
     def read(name: str, start: int, stop: int) -> F32:
         return decode.values(checkpoint.read(name, start, stop))
 
-    progress.stage("the model writes calibration text", length, "tokens")
+    progress.stage(stage, length, "tokens")
     try:
-        tokens = generate(
+        return generate(
             checkpoint.config,
-            read,
+            weights or read,
             script,
             count,
             length,
-            seed=SEED,
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
+            seed=sampling.seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
             known=known,
             device=device,
-            keep_bytes=_room(device) if keep_bytes is None else keep_bytes,
+            keep_bytes=room(device) if keep_bytes is None and weights is None else keep_bytes or 0,
             on_block=on_block,
             on_token=progress.advance,
         )
     finally:
         journal.close()
         progress.done()
-    digest = hashlib.sha256(np.ascontiguousarray(tokens, "<i8").tobytes()).hexdigest()
-    return texts.Windows(tokens, digest, f"written by the model itself (seed {SEED}, temperature {TEMPERATURE:g})")
 
 
 def _opened(path: Path, count: int, length: int, vocabulary: int) -> tuple[Journal, list[I64]]:
@@ -104,16 +141,6 @@ def _block(tokens: object) -> I64:
         return np.array(tokens, np.int64)
     except (ValueError, TypeError, OverflowError):
         return np.empty(0, np.int64)
-
-
-def _room(device: str) -> int:
-    """Bytes of weights to keep on the device."""
-    if not device.startswith("cuda"):
-        return _KEEP_ON_CPU
-    import torch
-
-    free: int = torch.cuda.mem_get_info(torch.device(device))[0]
-    return free * 6 // 10  # the rest is for keys, values and the work itself
 
 
 class Script:
