@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -11,6 +13,8 @@ from exporter.validate import tensorrt
 from exporter.validate.onnx_session import require_environment
 
 # Module -> what it is for. The package's name differs by a dash.
+# What NVIDIA's driver makes; the last is Windows' under WSL.
+_DRIVER = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dxg")
 _PROOF = {"torch": "the reference forward", "tokenizers": "reading text"}
 _RUNTIMES = {
     "gguf": ("validate", {"xllamacpp": "running a GGUF"}),
@@ -59,6 +63,8 @@ def _require(extra: str, modules: dict[str, str]) -> None:
 
 def resolve_device(name: str) -> str:
     """The torch device that "auto", "cpu", "cuda" or "cuda:N" means here."""
+    if name == "cpu" or (name == "auto" and not _may_have_cuda()):
+        return "cpu"  # importing torch takes 2.5 s, and what is kept of the reference may be all that is needed
     from exporter.model.torch import import_torch
 
     torch = import_torch()
@@ -71,3 +77,8 @@ def resolve_device(name: str) -> str:
     if kind == "cuda" and not (cuda and int(index or 0) < torch.cuda.device_count()):
         raise UsageError(f'device "{name}" is not here', hint="--device cpu")
     return name
+
+
+def _may_have_cuda() -> bool:
+    """Whether a driver of NVIDIA's may be here; False only where it cannot."""
+    return sys.platform != "linux" or any(os.path.exists(path) for path in _DRIVER)

@@ -100,6 +100,7 @@ def test_one_report_by_its_file(top):
     assert [each["label"] for each in done.json["artifacts"]] == ["q8"]
 
 
+@pytest.mark.slow
 def test_an_artifact_of_this_version(demo_run):
     """What `quantize` wrote: its size is in the manifest beside it, where the report does not say."""
     done = run_exporter("compare", demo_run.folder, "--json")

@@ -63,6 +63,7 @@ def test_a_poisoned_answer_shows_only_where_it_is_used(checkpoint: Any, own: Man
     assert not compare_manners(replace(own, template=poisoned), checkpoint)["equal"]
 
 
+@pytest.mark.slow
 def test_an_endless_template_is_stopped(checkpoint: Any, own: Manners) -> None:
     started = time.monotonic()
     endless = "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"
