@@ -89,18 +89,23 @@ def prove_gguf(
         "tokenizer": tokenizer_report,
         "speed": answer["speed"],
         "memory": {**answer["memory"], "file_bytes": _file_bytes(path)},
-        "runtime": {
-            "name": "llama.cpp",
-            "via": f"xllamacpp {llama_cpp.VERSION}",
-            "version": answer["version"],
-            "system": answer["system"],
-            "threads": threads,
-            "gpu_layers": 0,
-            "flash_attention": flash_attention,
-            "kv_type": kv_type,
-            "load_average": answer["load_average"],
-        },
+        "runtime": _runtime(answer, settings, threads),
         **more,
+    }
+
+
+def _runtime(answer: Mapping[str, Any], settings: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """What ran it, and how."""
+    return {
+        "name": "llama.cpp",
+        "via": f"xllamacpp {llama_cpp.VERSION}",
+        "version": answer["version"],
+        "system": answer["system"],
+        "threads": threads,
+        "gpu_layers": 0,
+        "flash_attention": settings["flash_attention"],
+        "kv_type": settings["kv_type"],
+        "load_average": answer["load_average"],
     }
 
 
