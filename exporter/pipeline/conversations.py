@@ -155,8 +155,13 @@ def greedy(author: Author, count: int) -> Greedy:
     prompts = _openings(author.checkpoint, tokenizer, count)
     length = max(map(len, prompts)) + most
     tokens = author.write(Questions(prompts), count, length, written.Sampling(temperature=0.0), "the model answers")
-    answers = [row[len(p) : len(p) + most].tolist() for p, row in zip(prompts, tokens, strict=True)]
-    return Greedy(prompts, [until(a, ends) for a in answers], ends, most)
+    return Greedy(prompts, answers_in(tokens, prompts, most, ends), ends, most)
+
+
+def answers_in(tokens: I64, prompts: Sequence[list[int]], most: int, ends: frozenset[int]) -> list[list[int]]:
+    """What follows each prompt in its row of tokens [W, T]: at most `most`, up to and with what ends a turn."""
+    rows = zip(prompts, tokens, strict=True)
+    return [until(row[len(prompt) : len(prompt) + most].tolist(), ends) for prompt, row in rows]
 
 
 def until(answer: Sequence[int], ends: frozenset[int]) -> list[int]:

@@ -18,7 +18,7 @@ from exporter.model.weights import Read, Weights
 from exporter.numerics import decode
 from exporter.numerics.floats import F32
 from exporter.pipeline import regions
-from exporter.pipeline.conversations import Questions, until
+from exporter.pipeline.conversations import Questions, answers_in
 from exporter.pipeline.plan import ArtifactPlan
 from exporter.pipeline.reference import Reference
 from exporter.types.qtensor import U8
@@ -86,6 +86,7 @@ def in_our_forward(
     routes = Routes(config or reference.config, reference.windows.tokens.size)
     made = reference.predict(weights, f"{name}: logits", routed=routes, config=config)
     positions = between(reference.release, made)
+    figures = summary(positions)
     found = {}
     for column in further.columns:
         of_text = reference.predict(weights, f"{name}: {column.name}", column.reference.tokens, config=config)
@@ -95,8 +96,8 @@ def in_our_forward(
     answers = _answers(weights, config or reference.config, further, reference.device) if further.prompts else None
     more = further_report(further, (reference.release, positions), found, positions, beside, answers)
     report: dict[str, Any] = {
-        "export": summary(positions),
-        "release": summary(positions),
+        "export": figures,
+        "release": figures,
         "runtime": {
             "name": "exporter reference",
             "version": exporter.__version__,
@@ -121,5 +122,4 @@ def _answers(weights: Weights, config: ModelConfig, further: Further, device: st
     length = max(map(len, prompts)) + further.answer
     script = Questions(list(prompts))
     tokens = generate(config, weights, script, len(prompts), length, temperature=0.0, device=device)
-    rows = zip(prompts, tokens, strict=True)
-    return [until(row[len(prompt) : len(prompt) + further.answer].tolist(), further.ends) for prompt, row in rows]
+    return answers_in(tokens, prompts, further.answer, further.ends)

@@ -101,10 +101,9 @@ class Reference:
 
     def _long(self, ropes: list[RopeConfig]) -> list[ReferenceLogits]:
         """One for each rope, of one pass; none where the model takes no such text."""
-        config = self.config
-        length = min(config.max_position_embeddings, self.trained + _BEYOND)
-        if length <= self.trained:
+        if not self._goes_beyond():
             return []
+        length = min(self.config.max_position_embeddings, self.trained + _BEYOND)
         tokens = text.windows(self.tokenizer_file, self.sample, 1, length).tokens
         return self._kept(tokens, ropes, ["long", "long-llama.cpp"][: len(ropes)], "reference: long text")
 
