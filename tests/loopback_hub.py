@@ -1,143 +1,70 @@
-"""A Hugging Face Hub on loopback, for tests with the real client: the read side.
+"""A Hugging Face Hub on loopback, for tests with the real client.
 
 It answers what huggingface_hub 2.4 asks when it lists and downloads files of models and datasets:
 resolving a revision, listing a tree, HEAD and GET of /resolve with ranges, and large files behind a
-redirect to another host name, as the CDN is. `hub.requests` is the log; `hub.inject` plans faults.
+redirect to another host name, as the CDN is. What it answers to a publisher is in loopback_writes.
+`hub.requests` is the log; `hub.inject` plans faults.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".bin")
-LFS_SIZE = 10 << 20
+from tests.loopback_repos import (
+    LFS_SIZE,
+    LFS_SUFFIXES,
+    Blob,
+    Drop,
+    Fault,
+    Flip,
+    Lost,
+    NoRoom,
+    Pull,
+    Repo,
+    Short,
+    Slow,
+    Status,
+    Then,
+    Tree,
+    WholeFile,
+    WrongSize,
+    git_blob,
+)
+from tests.loopback_writes import Writes
 
-
-def git_blob(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-# --- faults: each is used once, on the first request that matches ----------------------------------
-
-
-@dataclass(frozen=True)
-class Status:
-    """Answer with this status and nothing else."""
-
-    code: int
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Close the connection without an answer."""
-
-
-@dataclass(frozen=True)
-class Short:
-    """Promise the whole body, send this share of it, wait `seconds`, and close."""
-
-    share: float = 0.5
-    seconds: float = 0
-
-
-@dataclass(frozen=True)
-class Flip:
-    """Send the body with one bit of the byte at `offset` changed; its length stays right."""
-
-    offset: int
-
-
-@dataclass(frozen=True)
-class Slow:
-    """Wait before the body."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class WrongSize:
-    """Send a body that is this many bytes longer (or shorter), with headers that agree with it."""
-
-    extra: int
-
-
-@dataclass(frozen=True)
-class WholeFile:
-    """Ignore the Range header: status 200 and everything from the first byte."""
-
-
-@dataclass(frozen=True)
-class Then:
-    """Call something, then answer normally: changes between two requests."""
-
-    action: Callable[[], object]
-
-
-Fault = Status | Drop | Short | Flip | Slow | WrongSize | WholeFile | Then
-
-
-# --- repositories ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file of a commit. `oid` is the git id (of the pointer, for LFS); `sha256` is set for LFS."""
-
-    data: bytes
-    oid: str
-    sha256: str | None
-    listed_size: int
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 or self.oid
-
-
-@dataclass
-class Repo:
-    """Commits and the branches and tags that point at them."""
-
-    name: str
-    refs: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    gated: bool = False
-    private: bool = False
-
-    def commit(self, files: Mapping[str, bytes], branch: str = "main", sizes: Mapping[str, int] | None = None) -> str:
-        """A new commit with exactly these files; its id. `sizes` lists files with another size."""
-        tree = {n: _blob(n, data, (sizes or {}).get(n, len(data))) for n, data in files.items()}
-        parent = self.refs.get(branch, "")
-        content = json.dumps([self.name, parent, sorted((n, b.etag) for n, b in tree.items())])
-        sha = hashlib.sha1(content.encode()).hexdigest()
-        self.commits[sha] = tree
-        self.refs[branch] = sha
-        return sha
-
-    def find(self, revision: str) -> str | None:
-        return self.refs.get(revision) or (revision if revision in self.commits else None)
-
-
-def _blob(name: str, data: bytes, listed_size: int) -> Blob:
-    if not name.endswith(LFS_SUFFIXES) and len(data) <= LFS_SIZE:
-        return Blob(data, git_blob(data), None, listed_size)
-    sha256 = hashlib.sha256(data).hexdigest()
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n"
-    return Blob(data, git_blob(pointer.encode()), sha256, listed_size)
+__all__ = [
+    "LFS_SIZE",
+    "LFS_SUFFIXES",
+    "Blob",
+    "Drop",
+    "Flip",
+    "LoopbackHub",
+    "Lost",
+    "NoRoom",
+    "Pull",
+    "Repo",
+    "Request",
+    "Short",
+    "Slow",
+    "Status",
+    "Then",
+    "WholeFile",
+    "WrongSize",
+    "git_blob",
+]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One line of the log. `host` is the Host header; `token` whether a token came along."""
+    """One line of the log. `host` is the Host header; `token` whether a token came along; `size` of the body."""
 
     method: str
     path: str
@@ -145,10 +72,16 @@ class Request:
     byte_range: str | None
     host: str
     token: bool
+    size: int = 0
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """`with LoopbackHub() as hub:` serves on a free port of 127.0.0.1; `hub.url` is the endpoint."""
+    """`with LoopbackHub() as hub:` serves on a free port of 127.0.0.1; `hub.url` is the endpoint.
+
+    `objects`: large files that were sent, by SHA-256, committed or not. `part_size`: larger ones are sent in parts.
+    `xet`: a folder for the chunk store of hf_xet, which is then offered. `closed`: names of users and organisations
+    in whose place a token may not write. `trusting`: repositories that take what a GitHub job publishes.
+    """
 
     daemon_threads = True
 
@@ -162,6 +95,12 @@ class LoopbackHub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.lock = threading.RLock()
+        self.objects: dict[str, bytes] = {}
+        self.parts: dict[str, dict[int, bytes]] = {}
+        self.part_size = 0
+        self.xet = ""
+        self.closed: set[str] = set()
+        self.trusting: set[str] = set()
         self._faults: list[tuple[str, str, Fault]] = []
 
     def repo(self, name: str, files: Mapping[str, bytes]) -> Repo:
@@ -182,6 +121,10 @@ class LoopbackHub(ThreadingHTTPServer):
                     del self._faults[i]
                     return fault
         return None
+
+    def planned(self) -> list[tuple[str, str, Fault]]:
+        """Faults that no request has met yet; clear it to forget them."""
+        return self._faults
 
     def asked(self, method: str, path: str = "") -> list[Request]:
         """Requests so far with this method whose path contains `path`."""
@@ -204,25 +147,19 @@ class LoopbackHub(ThreadingHTTPServer):
 # --- answers ---------------------------------------------------------------------------------------
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Writes):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else every answer of headers and body waits 40 ms
     server: LoopbackHub
-    fault: Fault | None = None
 
     def log_message(self, *args: object) -> None:
         pass
 
     def do_GET(self) -> None:
-        self._handle()
-
-    def do_HEAD(self) -> None:
-        self._handle()
-
-    def _handle(self) -> None:
         hub, url = self.server, urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        body = self.read_body()
         hub.requests.append(
             Request(
                 self.command,
@@ -231,17 +168,36 @@ class _Handler(BaseHTTPRequestHandler):
                 self.headers.get("Range"),
                 self.headers.get("Host", ""),
                 bool(given),
+                len(body),
             )
         )
         fault = self.fault = hub.take_fault(self.command, path)
-        if isinstance(fault, Status):
-            self._send(fault.code, b'{"error":"injected"}', dict(fault.headers))
+        if isinstance(fault, Status) and fault.html:
+            self._send(fault.code, b"<html><h1>Bad gateway</h1></html>", {"Content-Type": "text/html"})
+        elif isinstance(fault, Status):
+            reason = {"X-Error-Message": fault.message} if fault.message.isprintable() else {}
+            answer = json.dumps({"error": fault.message}).encode()
+            self._send(fault.code, answer, {"Content-Type": "application/json", **reason, **dict(fault.headers)})
         elif isinstance(fault, Drop):
             self.close_connection = True
         else:
             if isinstance(fault, Then):
                 fault.action()
-            self._route(path, query, given)
+            if self.command in ("GET", "HEAD") and self._reads(url.path):
+                self._route(path, query, given)
+            else:
+                with hub.lock:
+                    self.write([unquote(part) for part in url.path.strip("/").split("/")], query, body, given)
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    @staticmethod
+    def _reads(path: str) -> bool:
+        """Whether a GET is one of those that a download makes."""
+        parts = path.strip("/").split("/")
+        asked = parts[4:5] if parts[:1] == ["api"] else []
+        about = (["refs"], ["commits"], ["discussions"], ["xet-write-token"], ["xet-read-token"])
+        return parts != ["_id_token"] and asked not in about
 
     def _route(self, path: str, query: dict[str, list[str]], token: str) -> None:
         parts = path.strip("/").split("/")
@@ -249,6 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             blobs = (b for r in self.server.repos.values() for t in r.commits.values() for b in t.values())
             blob = next((b for b in blobs if b.sha256 == parts[1]), None)
             return self._body(blob.data, {}) if blob else self._error(404, "", "no such object")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]  # refs%2Fpr%2F1 is one
         dataset = "datasets/" if "datasets" in (parts[0], *parts[1:2]) else ""
         if parts[0] == "datasets":
             parts = parts[1:]
@@ -270,7 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if verb == "revision":
             names = [{"rfilename": n} for n in sorted(repo.commits[sha])]
-            return self._json({"id": name, "modelId": name, "sha": sha, "tags": [], "siblings": names})
+            facts = {"id": name, "modelId": name, "sha": sha, "private": repo.private, "tags": [], "siblings": names}
+            return self._json(facts)
         if verb == "tree":
             return self._tree(repo.commits[sha], query)
         if verb == "resolve":
@@ -279,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._resolve(repo.commits[sha], sha, "/".join(rest[1:]))
         return self._error(404, "", f"no verb {verb}")
 
-    def _tree(self, tree: dict[str, Blob], query: dict[str, list[str]]) -> None:
+    def _tree(self, tree: Tree, query: dict[str, list[str]]) -> None:
         recursive = query.get("recursive", ["false"])[0].lower() == "true"
         entries: list[dict[str, Any]] = []
         folders = sorted({n.split("/")[0] for n in tree if "/" in n})
@@ -302,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Link"] = f'<{here}?recursive={recursive}&expand=False&cursor={start + step}>; rel="next"'
         self._json(entries[start : start + step], headers)
 
-    def _resolve(self, tree: dict[str, Blob], sha: str, name: str) -> None:
+    def _resolve(self, tree: Tree, sha: str, name: str) -> None:
         blob = tree.get(name)
         if blob is None:
             return self._error(404, "EntryNotFound", "Entry not found")
@@ -333,14 +291,11 @@ class _Handler(BaseHTTPRequestHandler):
             status, data = 206, data[start:stop]
         self._send(status, data, headers, fault if isinstance(fault, Short) else None)
 
-    def _json(self, value: object, headers: Mapping[str, str] | None = None) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
-
-    def _error(self, status: int, code: str, message: str) -> None:
-        headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
-        self._send(status, json.dumps({"error": message}).encode(), headers)
-
     def _send(self, status: int, body: bytes, headers: Mapping[str, str], short: Short | None = None) -> None:
+        if isinstance(self.fault, Lost):
+            self.fault.action()
+            self.close_connection = True
+            return
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)

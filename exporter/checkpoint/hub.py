@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoint import hub_client
-from exporter.checkpoint.hub_client import HubClient, Kind, explained, partial_path
-from exporter.checkpoint.hub_files import (
+from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError, did_you_mean
+from exporter.hub.client import HubClient, Kind, default_cache, offline, partial_path, require
+from exporter.hub.failures import explained
+from exporter.hub.files import (
     FileDigest,
     Record,
     RemoteFile,
@@ -25,8 +26,8 @@ from exporter.checkpoint.hub_files import (
     recall_revision,
     remember_revision,
 )
-from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError, did_you_mean
 from exporter.model.released import KNOWN_SHA256, RELEASED
+from exporter.types.sizes import format_size
 
 # (name of the file in work, bytes arrived so far of all files, bytes of all files). May be called
 # from another thread.
@@ -246,7 +247,7 @@ class Job:
 
     def _check_room(self, files: Iterable[RemoteFile]) -> None:
         absent = [f for f in files if not (self.snapshot / f.name).exists()]
-        if absent and hub_client.offline():
+        if absent and offline():
             raise _offline(f"{self.client.repo} lacks {absent[0].name} in the cache ({self.client.cache})")
         need = sum(f.size - min(f.size, _existing(partial_path(self.storage, f))) for f in absent)
         folder = self.storage
@@ -255,8 +256,8 @@ class Job:
         free = shutil.disk_usage(folder).free
         if need > free:
             raise Refused(
-                f"{self.client.repo} needs {need / 1e9:.1f} GB more on the disk of {self.client.cache}, "
-                f"which has {free / 1e9:.1f} GB free",
+                f"{self.client.repo} needs {format_size(need)} more on the disk of {self.client.cache}, "
+                f"which has {format_size(free)} free",
                 hint="free space, or set HF_HOME to a larger disk",
             )
 
@@ -291,22 +292,22 @@ def opened(
     select: Callable[[Job], dict[str, RemoteFile]] = Job.model_files,
 ) -> Iterator[Job]:
     """One commit of a repository; `select` chooses its files when it is met for the first time."""
-    hub_client.require()
-    cache = (cache_dir or hub_client.default_cache()).resolve()
+    require()
+    cache = (cache_dir or default_cache()).resolve()
     client = HubClient(model.repo, cache, endpoint, model.kind)
     storage = cache / f"{model.kind}s--{model.repo.replace('/', '--')}"
     with explained(str(model), client):
         asked = model.revision or "main"
         if _COMMIT.fullmatch(asked):
             revision = asked
-        elif hub_client.offline():
+        elif offline():
             revision = recall_revision(storage, asked) or ""
         else:
             revision = client.resolve(asked)
             remember_revision(storage, asked, revision)
         job = Job(client, storage, Record.load(storage, revision))
         if not job.record.files:
-            if hub_client.offline():
+            if offline():
                 raise _offline(f"{model} is not in the cache ({cache})")
             job.record.files = select(job)
             job.record.save()

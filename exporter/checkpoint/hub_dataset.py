@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.checkpoint.hub import HubModel, Job, Progress, opened
-from exporter.checkpoint.hub_files import RemoteFile
 from exporter.errors import UsageError
+from exporter.hub.files import RemoteFile
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".txt.gz")
 # Files of the datasets library about a dataset, not of it.

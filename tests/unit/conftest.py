@@ -14,7 +14,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No token of this machine, and no pauses between attempts."""
     from huggingface_hub import constants
 
-    from exporter.checkpoint import hub_client
+    from exporter.hub import client as hub_client
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     monkeypatch.setattr(hub_client, "ASK_WAITS", (0.0, 0.0))

@@ -11,8 +11,8 @@ from huggingface_hub import constants
 
 from exporter.checkpoint import hub
 from exporter.checkpoint.hub import HubModel, LocalModel, fetch, parse_model
-from exporter.checkpoint.hub_files import FileDigest, Record, RemoteFile, discard
 from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError
+from exporter.hub.files import FileDigest, Record, RemoteFile, discard
 from exporter.model.released import KNOWN_SHA256
 from tests.hub_demo import DECOYS, DEMO, FILES, MODEL, SHARDS, assert_complete, get
 from tests.loopback_hub import Flip, LoopbackHub, Then, WrongSize

@@ -12,6 +12,7 @@ LAYERS = [
     {"cli"},
     {"pipeline"},
     {"checkpoint", "quantize", "formats", "validate", "publish"},
+    {"hub"},
     {"model"},
     {"numerics"},
     {"types"},

@@ -1,4 +1,4 @@
-"""Talking to the Hub for one repository: listing, downloads that resume, errors in plain words.
+"""Talking to the Hub for one repository: listing, downloads that resume, waits that end.
 
 Everything goes through huggingface_hub (its session, token, endpoint, cache layout, Xet). One thing
 is ours: its downloads start again from nothing in a new process, since partial files have random
@@ -8,8 +8,6 @@ names (huggingface_hub 2.4 `_download_to_tmp_and_move`); here the partial file i
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
 import os
 import time
 import warnings
@@ -18,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from exporter import __version__
-from exporter.checkpoint.hub_files import RemoteFile
-from exporter.errors import ExporterError, MissingExtra, Refused, UsageError
+from exporter.errors import ExporterError, MissingExtra, UsageError
+from exporter.hub.files import RemoteFile
+from exporter.hub.settings import require_endpoint
 
 T = TypeVar("T")
 Kind = Literal["model", "dataset"]
@@ -33,13 +32,18 @@ DOWNLOAD_WAITS: tuple[float, ...] = (1, 2, 4, 8, 16)
 
 
 def require() -> None:
-    """Raise MissingExtra unless huggingface_hub can be imported."""
+    """Raise MissingExtra unless huggingface_hub can be imported, UsageError where it has no address to ask."""
+    require_endpoint()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import huggingface_hub  # noqa: F401
+            from huggingface_hub import constants  # noqa: F401  # the package itself loads nothing
     except ImportError:
         raise MissingExtra("huggingface_hub", "hub", "a model from the Hugging Face Hub") from None
+    except ValueError as error:  # it reads its settings when it is imported
+        raise UsageError(
+            f"the Hub's client cannot read its settings: {error}", hint="check the HF_... variables"
+        ) from None
 
 
 def default_cache() -> Path:
@@ -55,21 +59,32 @@ def offline() -> bool:
 
 
 class HubClient:
-    """One repository at one endpoint. Methods raise the client's own errors; see `explained`."""
+    """One repository at one endpoint. Methods raise the client's own errors; see failures.explained.
 
-    def __init__(self, repo: str, cache: Path, endpoint: str | None = None, kind: Kind = "model") -> None:
+    token: True sends the one that is there even where the environment says that no request should by itself.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        cache: Path,
+        endpoint: str | None = None,
+        kind: Kind = "model",
+        token: Literal[True] | None = None,
+    ) -> None:
         from huggingface_hub import HfApi, constants
 
         self.repo, self.cache, self.kind = repo, cache, kind
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self._api = HfApi(endpoint=self.endpoint, library_name="exporter", library_version=__version__)
+        self._token = token
+        self._api = HfApi(endpoint=self.endpoint, token=token, library_name="exporter", library_version=__version__)
 
     def resolve(self, revision: str) -> str:
         """The full commit id that a branch, tag or short id means now."""
         from huggingface_hub import constants
 
         timeout = constants.HF_HUB_ETAG_TIMEOUT
-        info = _retry(
+        info = retried(
             ASK_WAITS,
             lambda: self._api.repo_info(self.repo, repo_type=self.kind, revision=revision, timeout=timeout),
         )
@@ -118,7 +133,7 @@ class HubClient:
                         break
             return bytes(got[:stop])
 
-        return _retry(DOWNLOAD_WAITS, read)
+        return retried(DOWNLOAD_WAITS, read)
 
     @contextlib.contextmanager
     def _stream(self, file: RemoteFile, revision: str, byte_range: str | None) -> Iterator[Any]:
@@ -126,7 +141,7 @@ class HubClient:
         from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        headers = build_hf_headers(library_name="exporter", library_version=__version__)
+        headers = build_hf_headers(token=self._token, library_name="exporter", library_version=__version__)
         headers["Accept-Encoding"] = "identity"  # ranges count bytes of the file, not of a gzip stream
         if byte_range:
             headers["Range"] = byte_range
@@ -146,7 +161,7 @@ class HubClient:
             except Exception as error:
                 if _size(partial) > before:
                     waits = list(DOWNLOAD_WAITS)
-                pause = _pause(error, waits)
+                pause = pause_before(error, waits)
                 if pause is None:
                     raise
                 time.sleep(pause)
@@ -190,12 +205,13 @@ class HubClient:
                     revision=revision,
                     cache_dir=self.cache,
                     endpoint=self.endpoint,
+                    token=self._token,
                     library_name="exporter",
                     library_version=__version__,
                     tqdm_class=_reporter(on_bytes),
                 )
 
-        _retry(DOWNLOAD_WAITS, place)
+        retried(DOWNLOAD_WAITS, place)
 
 
 def partial_path(storage: Path, file: RemoteFile) -> Path:
@@ -260,22 +276,10 @@ def _reporter(on_bytes: Callable[[int], None]) -> Any:
     return Bar
 
 
-# --- retries and errors ---------------------------------------------------------------------------
+# --- retries ---------------------------------------------------------------------------
 
 
-def _retry(waits: Sequence[float], call: Callable[[], T]) -> T:
-    left = list(waits)
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            pause = _pause(error, left)
-            if pause is None:
-                raise
-            time.sleep(pause)
-
-
-def _pause(error: Exception, waits: list[float]) -> float | None:
+def pause_before(error: Exception, waits: list[float]) -> float | None:
     """Seconds to wait before the next attempt, taken off `waits`; None: do not try again."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
@@ -295,100 +299,18 @@ def _pause(error: Exception, waits: list[float]) -> float | None:
     return None
 
 
-@contextlib.contextmanager
-def explained(what: str, client: HubClient) -> Iterator[None]:
-    """Turn the client's errors into ExporterError, and keep its log lines off the screen.
-
-    `what` is the repository as the user named it. No message carries a token or a signed address.
-    """
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except ExporterError:
-        raise
-    except Exception as error:
-        told = _explain(error, what, client)
-        if told is None:
-            raise
-        raise told from error
-    finally:
-        logger.setLevel(level)
-
-
-def _explain(error: BaseException, what: str, client: HubClient) -> ExporterError | None:
-    import httpx2
-    from huggingface_hub import errors
-
-    repo, endpoint, kind = client.repo, client.endpoint, client.kind
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # the client wraps the real reason when it finds no cached copy
-    again = "run the same command again: what has arrived is kept"
-    if isinstance(error, errors.GatedRepoError):
-        return Refused(
-            f"{repo} is gated: its owner must grant you access",
-            hint=f"accept the terms on {endpoint}/{'datasets/' * (kind == 'dataset')}{repo}, then: hf auth login",
-        )
-    if isinstance(error, errors.DisabledRepoError):
-        return Refused(f"{repo} has been disabled on the Hub", hint="use another repository")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return UsageError(
-            f"no {kind} {repo} on {endpoint}, or it is private",
-            hint=f"check the name; for a private {kind}: hf auth login",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UsageError(f"{what}: no such branch, tag or commit", hint=f"leave @... out to use main of {repo}")
-    if isinstance(error, errors.HfHubHTTPError):
-        return _explain_status(error.response.status_code, what, endpoint, again)
-    if isinstance(error, errors.HFValidationError):
-        return UsageError(f'"{repo}" cannot be a Hub id', hint="a Hub id is org/name or org/name@revision")
-    if isinstance(error, httpx2.TimeoutException):
-        return ExporterError(
-            f"{endpoint} does not answer in time",
-            hint=f"{again}; HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer",
-        )
-    if isinstance(error, httpx2.ConnectError | httpx2.ProxyError | errors.OfflineModeIsEnabled):
-        return ExporterError(
-            f"cannot reach {endpoint} for {what}",
-            hint="check the network and proxy; HF_HUB_OFFLINE=1 uses a copy that is already cached",
-        )
-    if isinstance(error, httpx2.HTTPError | ConnectionError):
-        return ExporterError(f"the connection to {endpoint} broke while reading {what}", hint=again)
-    if isinstance(error, RuntimeError):  # hf_xet reports whatever its Rust side met as this
-        return ExporterError(
-            f"the Xet transfer of {what} failed: {str(error)[:200]}",
-            hint="HF_HUB_DISABLE_XET=1 downloads the same files without Xet",
-        )
-    return _explain_os(error, what, client.cache, again) if isinstance(error, OSError) else None
-
-
-def _explain_status(status: int, what: str, endpoint: str, again: str) -> ExporterError:
-    if status == 401:
-        return Refused(f"{endpoint} does not accept your token for {what}", hint="hf auth login")
-    if status == 403:
-        return Refused(
-            f"{endpoint} does not let you read {what}",
-            hint="use a token with read access to this repository: hf auth login",
-        )
-    if status == 429:
-        return ExporterError(
-            f"{endpoint} limits your requests for now ({status})",
-            hint=f"wait some minutes, then {again}; hf auth login raises the limit",
-        )
-    if status >= 500:
-        return ExporterError(f"{endpoint} is failing ({status}) while serving {what}", hint=again)
-    return ExporterError(f"{endpoint} answers {status} for {what}", hint="check the name and HF_ENDPOINT")
-
-
-def _explain_os(error: OSError, what: str, cache: Path, again: str) -> ExporterError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ExporterError(
-            f"the disk is full: downloading {what} to {cache}",
-            hint=f"free space or set HF_HOME to a larger disk, then {again}",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ExporterError(f"cannot write to {cache}", hint="set HF_HOME to a folder that is yours")
-    reason = error.strerror or type(error).__name__
-    return ExporterError(f"downloading {what} to {cache} failed: {reason}", hint=again)
+def retried(
+    waits: Sequence[float],
+    call: Callable[[], T],
+    pause_before: Callable[[Exception, list[float]], float | None] = pause_before,
+) -> T:
+    """What `call` returns, asked again after each of `waits` (seconds) while what it meets may pass."""
+    left = list(waits)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            pause = pause_before(error, left)
+            if pause is None:
+                raise
+            time.sleep(pause)

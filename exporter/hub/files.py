@@ -55,6 +55,13 @@ class RemoteFile:
         return self
 
 
+def content_digest(data: bytes, algorithm: Literal["sha256", "git"]) -> str:
+    """What the Hub names a file of these bytes by; see RemoteFile."""
+    if algorithm == "sha256":
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
 def hash_file(path: Path, file: RemoteFile, on_bytes: Callable[[int], None] | None = None) -> FileDigest | None:
     """Digest of `path` when it is the listed file byte for byte, else None. Reads it once."""
     size = path.stat().st_size
