@@ -84,7 +84,9 @@ GATES: dict[str, GateKind] = {
     "arithmetic_kl_mean": GateKind("arithmetic.kl_mean", "max", "mean KL against our forward on the same weights"),
     "cached_kl_mean": GateKind("cached.release.kl_mean", "max", "mean KL of decoding with the cache, nats"),
     "cached_difference": GateKind(
-        "cached.logit_difference", "max", "what decoding with the cache changes in a logit of prefill, at most"
+        "cached.logit_difference",
+        "max",
+        "what decoding with the cache changes in a logit of prefill, at most",
     ),
     "long_kl_mean": GateKind("long.release.kl_mean", "max", "mean KL beyond the length trained on, nats"),
     "router_flips": GateKind("router.release.share", "max", "share of tokens and layers with other experts"),
@@ -96,7 +98,9 @@ GATES: dict[str, GateKind] = {
         "optimizer.export.relative_difference", "max", "what ONNX Runtime's rewriting changes, of the largest logit"
     ),
     "optimizer_shipped_difference": GateKind(
-        "optimizer.release.relative_difference", "max", "what it changes in the graphs as shipped"
+        "optimizer.release.relative_difference",
+        "max",
+        "what it changes in the graphs as shipped, of tokens with the same experts",
     ),
     "parser_rules_kept": GateKind("rules.kept", "equal", "the graphs keep the rules of TensorRT's parser"),
     "engines_built": GateKind("engines.built", "equal", "TensorRT-RTX builds an engine of each graph for each GPU"),

@@ -218,6 +218,17 @@ class Decoding:
         logits: F32 = found["logits"].numpy()[0].astype(np.float32, copy=False)
         return logits
 
+    @property
+    def chooses_in_half(self) -> bool:
+        """Whether the routers whose experts can be read here have 16-bit logits."""
+        return bool(self._routers) and self._routers[0].dtype != np.float32
+
+    def undecided(self, top_k: int) -> npt.NDArray[np.bool_]:
+        """Of the last call, [layers, n]: whether the last expert that is chosen and the first that is not are equal."""
+        ranked = np.stack([-np.sort(-logits, axis=-1) for logits in self._routers])  # [layers, n, E]
+        last, next_one = ranked[..., top_k - 1 : top_k], ranked[..., top_k : top_k + 1]
+        return np.asarray((last == next_one).any(axis=-1))  # of no next one where all are chosen
+
     def routes(self, top_k: int) -> U16:
         """The experts of the tokens of the last call, uint16 [layers, n, top_k], ascending."""
         return np.stack([chosen_experts(logits, top_k) for logits in self._routers])

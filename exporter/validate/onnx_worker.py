@@ -24,13 +24,13 @@ import numpy as np
 
 from exporter.errors import ExporterError
 from exporter.model.reference import I64, ReferenceLogits
-from exporter.numerics.floats import F32
 from exporter.validate import child, hardware
 from exporter.validate.child import OnProgress
 from exporter.validate.limits import Limit
 from exporter.validate.metrics import Positions, compare, compare_all
 from exporter.validate.onnx_kernels import CUDA
 from exporter.validate.onnx_session import Activations, Decoding, Graph
+from exporter.validate.onnx_ties import Computed, largest_difference, relative_difference
 from exporter.validate.speed import Plan, measure
 
 _WINDOW = 512  # tokens of a window that go in at once: 400 MiB of logits for gpt-oss
@@ -123,7 +123,8 @@ def run(request: Request, report: OnProgress) -> dict[str, Any]:
         rewritten = _start(Decoding(graph, single), request)
         del graph, single  # their weights: those of a large model are there once
         report("without rewriting", 0, 1)
-        answer["optimizer_difference"] = _apart(rewritten, _start(_untouched(request), request))
+        untouched = _start(_untouched(request), request)
+        answer["optimizer_difference"] = relative_difference(rewritten, untouched)
         report("without rewriting", 1, 1)
     if request.results:
         np.savez(request.results, allow_pickle=False, **arrays)
@@ -215,7 +216,7 @@ def _windows(
     others |= {name: ReferenceLogits.load(Path(path)) for name, path in files.items()}
     found: dict[str, list[Positions]] = {name: [] for name in others}
     routes = []
-    kept: list[F32] = []  # logits of the start of the first window
+    kept: list[Computed] = []  # the start of the first window
     for w, window in enumerate(reference.tokens):
         decoding = Decoding(graph)
         for at in range(0, length, _WINDOW):
@@ -226,13 +227,14 @@ def _windows(
             if graph.routers:
                 routes.append(decoding.routes(request.top_k))
             if w == 0 and at < max(2 * CHUNKS, request.prefill + request.steps):
-                kept.append(logits[: max(2 * CHUNKS, request.prefill + request.steps) - at].copy())
+                start = Computed.last(decoding, logits, request.top_k)
+                kept.append(start[: max(2 * CHUNKS, request.prefill + request.steps) - at])
             report("compare", w * length + at + len(logits), windows * length)
     for name, parts in found.items():
         arrays |= Positions.join(parts).arrays(name)
     if routes:
         arrays["routes"] = np.concatenate(routes, axis=1)
-    whole = np.concatenate(kept)
+    whole = Computed.join(kept)
     pieces = {
         "chunked": [CHUNKS] * (min(2 * CHUNKS, length) // CHUNKS) or [length],
         "cached": [request.prefill] + [1] * request.steps,
@@ -241,7 +243,8 @@ def _windows(
     for name, counts in pieces.items():
         first = request.prefill if name == "cached" else 0
         decoding = Decoding(graph, single)
-        positions, apart[f"{name}_difference"] = _in_pieces(decoding, reference, counts, first, whole)
+        positions, computed = _in_pieces(decoding, reference, counts, first, request.top_k)
+        apart[f"{name}_difference"] = largest_difference(computed, whole[first : first + len(computed.logits)])
         arrays |= positions.arrays(name)
     return apart
 
@@ -274,18 +277,17 @@ def _answers(graph: Graph, single: Graph | None, request: Request, report: OnPro
 
 
 def _in_pieces(
-    decoding: Decoding, reference: ReferenceLogits, counts: list[int], first: int, whole: F32
-) -> tuple[Positions, float]:
-    """The first window in pieces of `counts` tokens: positions from `first` on, and the largest
-    difference of a logit from `whole` [n, V]."""
-    found, apart = [], 0.0
+    decoding: Decoding, reference: ReferenceLogits, counts: list[int], first: int, top_k: int
+) -> tuple[Positions, Computed]:
+    """The first window in pieces of `counts` tokens: positions from `first` on, and what was computed for them."""
+    found, computed = [], []
     for count in counts:
         at = decoding.position
         logits = decoding.append(reference.tokens[0, at : at + count])
         if at >= first:
             found.append(compare(reference, at, logits))
-            apart = float(np.maximum(apart, np.abs(logits - whole[at : at + count]).max()))  # NaN stays
-    return Positions.join(found), apart
+            computed.append(Computed.last(decoding, logits, top_k))
+    return Positions.join(found), Computed.join(computed)
 
 
 def _untouched(request: Request) -> Decoding:
@@ -294,19 +296,11 @@ def _untouched(request: Request) -> Decoding:
     return Decoding(_load(request, request.graph, optimize=False), single)
 
 
-def _start(decoding: Decoding, request: Request) -> list[F32]:
-    """Logits of the start of the first window: a prompt at once, then some tokens one by one."""
+def _start(decoding: Decoding, request: Request) -> Computed:
+    """The start of the first window: a prompt at once, then some tokens one by one."""
     tokens = ReferenceLogits.load(Path(request.windows)).tokens[0, : request.prefill + _ALONE]
-    return [decoding.append(piece) for piece in (tokens[: request.prefill], *tokens[request.prefill :, None])]
-
-
-def _apart(some: list[F32], others: list[F32]) -> float:
-    """The largest difference of a logit, as a share of the largest logit."""
-    apart, largest = 0.0, 0.0
-    for one, other in zip(some, others, strict=True):
-        apart = float(np.maximum(apart, np.abs(one - other).max()))  # NaN stays
-        largest = float(np.maximum(largest, np.abs(one).max()))
-    return apart / largest if largest else apart
+    pieces = (tokens[: request.prefill], *tokens[request.prefill :, None])
+    return Computed.join([Computed.last(decoding, decoding.append(each), request.top_k) for each in pieces])
 
 
 def _long(graph: Graph, single: Graph | None, reference: ReferenceLogits, report: OnProgress) -> Positions:

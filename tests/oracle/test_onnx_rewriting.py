@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from exporter.model.reference import ReferenceLogits
 from exporter.validate import onnx_session, onnx_worker
 from exporter.validate.onnx_kernels import CPU
 from exporter.validate.onnx_session import Decoding
+from exporter.validate.onnx_ties import EITHER, Computed, relative_difference
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -89,9 +91,28 @@ def test_zeros_in_place_of_a_product_are_noticed(tmp_path: Path, monkeypatch: py
     def apart() -> float:
         rewritten = Decoding(onnx_worker._load(request, str(path)))
         starts = (onnx_worker._start(each, request) for each in (rewritten, onnx_worker._untouched(request)))
-        return onnx_worker._apart(*starts)
+        return relative_difference(*starts)
 
     assert apart() < 0.01  # float16's own rounding of numbers up to 4
     monkeypatch.setattr(onnx_session, "_FLOAT32_ACTIVATIONS", 4)
     if ort.__version__.startswith("1.32."):
         assert apart() > limit
+
+
+def computed(logits: np.ndarray[Any, Any], routes: np.ndarray[Any, Any]) -> Computed:
+    return Computed(logits.astype(np.float32), routes.astype(np.uint16))
+
+
+def test_a_tie_between_two_experts_is_not_counted_and_zeros_are() -> None:
+    logits, routes, fourth = np.ones((8, 16)), np.zeros((2, 8, 4)), np.arange(8)[:, None] == 3
+    sound = computed(logits, routes)
+    tied = computed(np.where(fourth, 1.5, logits + 1e-4), np.where(fourth, 1, routes))
+    assert relative_difference(sound, tied) == pytest.approx(1e-4, rel=1e-3)
+    assert relative_difference(sound, dataclasses.replace(tied, routes=None)) == pytest.approx(0.5)
+    either = computed(tied.logits, np.where(fourth, EITHER, routes))
+    assert relative_difference(either, either[:]) == 0
+    assert relative_difference(computed(logits, either.routes), either) == pytest.approx(1e-4, rel=1e-3)
+    zeros = computed(logits * 0, routes + 1)  # so wrong that no token has its experts
+    assert relative_difference(sound, zeros) == pytest.approx(1)
+    broken = dataclasses.replace(tied, logits=np.where(fourth, np.nan, sound.logits))
+    assert np.isnan(relative_difference(sound, broken))
