@@ -32,6 +32,7 @@ from exporter.pipeline.journal import Journal
 from exporter.pipeline.manifest import MARK, total_digest
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import obtain, tasks
+from exporter.pipeline.seal import OWN_FILES
 from exporter.pipeline.store import Source, Store
 from exporter.types import leaf_range
 from exporter.types.qtensor import U8
@@ -39,7 +40,7 @@ from exporter.types.recipe import Step
 
 JOURNAL = "export.jsonl"
 # Names in an artifact's folder that no format may use.
-OWN = (JOURNAL, "manifest.json", "report.json", "SHA256SUMS")
+OWN = (JOURNAL, *OWN_FILES)
 
 
 @dataclass(frozen=True)

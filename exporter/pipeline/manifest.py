@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import platform
 import threading
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 import exporter
-from exporter.errors import ExporterError
 from exporter.formats.base import Provenance
 from exporter.pipeline import leaves as parallel
 from exporter.pipeline.files import file_stamp, sha256_file, write_whole
@@ -48,11 +49,17 @@ def manifest(
     store: Store,
     facts: Provenance,
     layout: str,
+    command: str,
     calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """manifest.json as a value, before its files were hashed: see `seal`. `layout`: export.layout_key."""
+    """manifest.json as a value, before its files were hashed: see `seal`.
+
+    `layout`: export.layout_key. `command`: what makes this artifact, and no other, of the same source.
+    """
     return {
         "exporter": facts.exporter_version,
+        "command": command,
+        "versions": _versions(calibrated=calibration is not None),
         "model": model.name,
         "format": artifact.format.name,
         "target": artifact.spec.target,
@@ -72,37 +79,11 @@ def manifest(
     }
 
 
-def seal(folder: Path, source_hashes: Mapping[str, str], file_hashes: Mapping[str, str]) -> None:
-    """Complete manifest.json with the hashes of every source file and every file of the artifact; write SHA256SUMS."""
-    body = json.loads((folder / "manifest.json").read_text())
-    body["source"]["files"] = dict(sorted(source_hashes.items()))
-    body["files"] = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in sorted(file_hashes.items())
-    }
-    write_whole(folder / "manifest.json", json.dumps(body, indent=1) + "\n")
-    write_whole(folder / "SHA256SUMS", _sums(folder, file_hashes))
-
-
-def _sums(folder: Path, file_hashes: Mapping[str, str]) -> str:
-    sums = {**file_hashes, "manifest.json": sha256_file(folder / "manifest.json")}
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-
-
-def require_sealed(folder: Path) -> None:
-    """Raises ExporterError where SHA256SUMS does not hold what manifest.json says, and manifest.json itself."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        same = (
-            _sums(folder, {name: each["sha256"] for name, each in files.items()}) == (folder / "SHA256SUMS").read_text()
-        )
-    except (ValueError, LookupError, TypeError, AttributeError):
-        same = False
-    if not same:
-        raise ExporterError(
-            f"{folder}/manifest.json is not the one in SHA256SUMS, or not of its files",
-            hint="--overwrite makes the artifact again",
-        )
+def _versions(calibrated: bool) -> dict[str, str]:
+    """Of what computed the numbers, and of Python, whose own documentation is the default text for calibration."""
+    names = ("numpy", "torch") if calibrated else ("numpy",)
+    found = {"exporter": exporter.__version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in names}
 
 
 def _tensor(artifact: ArtifactPlan, store: Store, facts: Provenance, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from exporter.pipeline.plan import ArtifactPlan, Plan, make_plan
 from exporter.pipeline.profiles import load_profile
 from exporter.pipeline.source import ModelOutline, OpenedModel, outline_model
-from exporter.types.profile import Profile
+from exporter.types.profile import ArtifactSpec, Profile
 from exporter.types.recipe import CalibrationSpec
 
 STAGES = ("plan", "quantize", "export", "validate")
@@ -51,6 +51,18 @@ class RunRequest:
         words += ["--context", str(self.context)] if self.context else []
         words += ["--out", str(self.out)] if self.out != RunRequest.out else []
         return shlex.join([*words, "--until", "quantize"])
+
+    def artifact_command(self, model: str, profile: Profile, spec: ArtifactSpec) -> str:
+        """What makes this artifact alone, of `model`. It names no place on this machine."""
+        words = ["exporter", "quantize", model, "--profile", profile.name, "--format", spec.format]
+        words += ["--target", spec.target] if spec.target else []
+        of_profile = [a.recipe for a in profile.artifacts if (a.format, a.target) == (spec.format, spec.target)]
+        words += ["--recipe", Path(spec.recipe).stem] if of_profile != [spec.recipe] else []
+        words += ["--context", str(self.context)] if self.context else []
+        if self.calibration:
+            path = Path(self.calibration)
+            words += ["--calibration", path.name if path.exists() else self.calibration]
+        return shlex.join(words)
 
 
 def plan_request(request: RunRequest, profile: Profile, model: OpenedModel | ModelOutline) -> Plan:

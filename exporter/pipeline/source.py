@@ -55,6 +55,12 @@ class OpenedModel:
     def config(self) -> ModelConfig:
         return self.checkpoint.config
 
+    @property
+    def named(self) -> str:
+        """Its Hub id and revision, or the name of its folder."""
+        repo, revision = self.checkpoint.repo, self.checkpoint.revision
+        return (f"{repo}@{revision}" if revision else repo) if repo else self.name
+
     def scheme_of(self, spec: TensorSpec) -> Scheme:
         return self.checkpoint.scheme(spec.name)
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -23,13 +23,14 @@ from exporter.errors import BadCheckpoint, ExporterError, Refused, UsageError
 from exporter.pipeline.artifact import Maker
 from exporter.pipeline.before import accepted_tokenizer, leaves_at_once
 from exporter.pipeline.export import layout_key
-from exporter.pipeline.manifest import hash_files, provenance, require_sealed, total_digest
+from exporter.pipeline.manifest import hash_files, provenance, total_digest
 from exporter.pipeline.plan import ArtifactPlan, require_fit, wanted
 from exporter.pipeline.profiles import load_profile, load_recipe, profile_names, recipe_names
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.request import RunRequest, plan_request
 from exporter.pipeline.run import ArtifactResult, RunResult
 from exporter.pipeline.runtimes import require_runtimes, require_writers
+from exporter.pipeline.seal import require_sealed
 from exporter.pipeline.source import open_model
 from exporter.types.profile import ArtifactSpec, Profile
 from exporter.validate.onnx_file import printable
@@ -63,7 +64,7 @@ class Made:
     """What manifest.json says.
 
     layout: export.layout_key. sources: SHA-256 by file of the checkpoint. files, sizes: SHA-256 and bytes by file of
-    the artifact. digests: by tensor. rounded: whether some blocks of floats were not on the MXFP4 grid.
+    the artifact. digests: by tensor. rounded: whether some blocks of floats were not on the MXFP4 grid. body: all.
     """
 
     exporter: str
@@ -81,6 +82,7 @@ class Made:
     sizes: Mapping[str, int]
     digests: Mapping[str, str]
     rounded: bool
+    body: Mapping[str, Any] = field(repr=False)
 
     @property
     def hub_id(self) -> str | None:
@@ -178,11 +180,12 @@ def _made(folder: Path, body: Mapping[str, Any]) -> Made:
             recipe_sha256=_is(recipe["sha256"], str),
             repo=_is(source["repo"] or "", str),
             revision=_is(source["revision"] or "", str),
-            sources={name: _is(digest, str) for name, digest in source["files"].items()},
+            sources={_is(name, str): _is(digest, str) for name, digest in source["files"].items()},
             files={name: digest for name, (digest, _) in files.items()},
             sizes={name: size for name, (_, size) in files.items()},
-            digests={name: _is(each["digest"], str) for name, each in body["tensors"].items()},
+            digests={_is(name, str): _is(each["digest"], str) for name, each in body["tensors"].items()},
             rounded=any(each.get("exact_blocks", 0) < each.get("blocks", 0) for each in body["tensors"].values()),
+            body=body,
         )
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else "not as exporter writes it"
@@ -199,6 +202,8 @@ def _made(folder: Path, body: Mapping[str, Any]) -> Made:
 def _is(value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise TypeError
+    if isinstance(value, str):
+        value.encode()  # half a character, which JSON can spell, is no text: ValueError
     return value
 
 

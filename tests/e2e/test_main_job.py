@@ -34,7 +34,7 @@ def test_the_answer_is_complete(demo_run):
 def test_the_folder_holds_one_runnable_thing(demo_run):
     names = sorted(p.name for p in demo_run.folder.iterdir())
     reports = ["report.html", "report.json", "report.md"]
-    assert names == ["SHA256SUMS", "manifest.json", *reports, "tiny-gpt-oss-mxfp4-q8.gguf"]
+    assert names == ["SHA256SUMS", "manifest.json", "provenance.json", *reports, "tiny-gpt-oss-mxfp4-q8.gguf"]
     for line in (demo_run.folder / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((demo_run.folder / name).read_bytes()).hexdigest() == digest

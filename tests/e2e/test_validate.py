@@ -48,9 +48,11 @@ def sha256(path):
 
 
 def edit(folder, change):
-    """Another manifest.json, and the hashes that go with it: as if it had been made so."""
+    """Another manifest.json, and the hashes that go with it: as if it had been made so and not yet proved."""
     path = folder / "manifest.json"
     body = json.loads(path.read_text())
+    body.pop("proof")
+    (folder / "provenance.json").unlink()
     change(body)
     for name, each in body["files"].items():
         if (folder / name).is_file():
@@ -175,7 +177,8 @@ DAMAGES = {
     "a file that is cut off": (lambda f: os.truncate(f / "model.safetensors", 100), "has 100 bytes, not the 7,4"),
     "a file that is gone": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "an edited small file": (lambda f: flip(f / "config.json", 3), "config.json is not the file"),
-    "a manifest that was edited": (lambda f: flip(f / "manifest.json", -20), "manifest.json is not the one in SHA256S"),
+    "a manifest that was edited": (lambda f: flip(f / "manifest.json", 20), "manifest.json is not the one in SHA256S"),
+    "a provenance that was edited": (lambda f: flip(f / "provenance.json", -50), "not the one in SHA256S"),
     "a manifest that is cut off": (
         lambda f: os.truncate(f / "manifest.json", 900),
         "manifest.json is damaged: no JSON",
