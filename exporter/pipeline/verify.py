@@ -26,7 +26,6 @@ from exporter.pipeline.reference import Reference
 from exporter.pipeline.runtimes import require_runtimes, resolve_device
 from exporter.pipeline.source import OpenedModel, open_model
 from exporter.pipeline.target import limit_for
-from exporter.pipeline.validate import read_made, require_files
 from exporter.pipeline.weights import compare_weights
 from exporter.types.gates import CLASSES, LossClass
 from exporter.types.profile import Profile
@@ -72,18 +71,6 @@ def verify(ask: Ask, progress: Progress) -> dict[str, Any]:
         return _verify(ask, foreign, profile, progress)
     finally:
         foreign.close()
-
-
-def is_ours(path: Path) -> bool:
-    """Whether `path` is a folder that exporter sealed, or lost its manifest.json of."""
-    return path.is_dir() and any((path / name).exists() for name in ("manifest.json", "SHA256SUMS"))
-
-
-def require_sealed_files(path: Path, progress: Progress) -> dict[str, str]:
-    """SHA-256 by file of an artifact of ours. Raises ExporterError where a file is not as it was sealed."""
-    made = read_made(path)
-    require_files(path, made, progress)
-    return dict(made.files)
 
 
 def folder_of(ask: Ask) -> Path:
