@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from exporter.pipeline.calibration import calibration_windows
 from exporter.pipeline.export import clean, export, layout_key, publish
 from exporter.pipeline.lock import locked
 from exporter.pipeline.machine import runtime_threads
-from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance, require_sealed, seal
+from exporter.pipeline.manifest import HashMemory, hash_files, manifest, provenance
 from exporter.pipeline.plan import ArtifactPlan, Plan
 from exporter.pipeline.progress import Progress
 from exporter.pipeline.quantize import quantize
 from exporter.pipeline.request import RunRequest, calibration_setting
 from exporter.pipeline.runtimes import resolve_device
+from exporter.pipeline.seal import require_sealed, seal, seal_proof
 from exporter.pipeline.source import OpenedModel
 from exporter.pipeline.store import Store, find_stores, open_store, read_about, store_folder, store_key
+from exporter.pipeline.workers import wait_for_workers
 from exporter.validate.runtime import SCRATCH_PREFIX
 
 _SMALL_FILES = (
@@ -165,7 +167,8 @@ class Maker:
         facts = provenance(self.model, artifact, store.digests(artifact.steps))
         self.require_unchanged()
         calibration = (read_about(store.folder) or {}).get("calibration")
-        body = manifest(self.model, artifact, store, facts, layout_key(layouts), calibration)
+        command = self.request.artifact_command(self.model.named, self.plan.profile, artifact.spec)
+        body = manifest(self.model, artifact, store, facts, layout_key(layouts), command, calibration)
         publish(partial, folder, body, replace=folder.exists())
         return folder, names, facts
 
@@ -227,8 +230,9 @@ class Maker:
     def prove(
         self, folder: Path, artifact: ArtifactPlan, facts: Provenance, rounded: bool, controls: bool = False
     ) -> dict[str, Any]:
-        """The report on a finished artifact in `folder`, of the digests in `facts`; see prove.Proof.
+        """The report on a sealed artifact in `folder`, of the digests in `facts`; see prove.Proof.
 
+        Its verdict goes into manifest.json too.
         `rounded`: whether blocks off the MXFP4 grid were rounded; `controls`: also on known-bad copies of it.
         """
         from exporter.pipeline.prove import Proof
@@ -255,6 +259,7 @@ class Maker:
             if caught := [control["caught"] for control in made if control["applies"]]:
                 report["controls_caught"] = all(caught)
             report = proof.finish(folder, report)
+        seal_proof(folder, report)
         return report
 
     @functools.cached_property
@@ -270,13 +275,9 @@ class Maker:
         self.require_unchanged()
         return made
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the model's output folder, free of what a proof that was killed left there."""
-        with locked(self.folder):
-            for left in self.folder.glob(f"{SCRATCH_PREFIX}*"):
-                shutil.rmtree(left, ignore_errors=True)
-            yield
+    def alone(self) -> AbstractContextManager[None]:
+        """Hold the model's output folder."""
+        return alone(self.folder)
 
     def require_unchanged(self) -> None:
         """What was read at different times must have been one checkpoint."""
@@ -284,6 +285,16 @@ class Maker:
             raise ExporterError(
                 f"{self.model.checkpoint.path} changed while it was read", hint="run the same command again"
             )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a model's output folder, free of workers of a run that ended and of what a killed proof left there."""
+    with locked(folder):
+        wait_for_workers(folder)
+        for left in folder.glob(f"{SCRATCH_PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _text(store: Path) -> str:

@@ -18,16 +18,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._lock = threading.Lock()
-        self.records: list[dict[str, Any]] = []
-        with open(path, "rb") as f:
-            raw = f.read()
-        self._end = 0
-        for line in raw.splitlines(keepends=True):
-            record = _parsed(line)
-            if record is None:
-                break  # torn by a crash, or zeros after a power loss: what follows it cannot be trusted
-            self.records.append(record)
-            self._end += len(line)
+        self.records, self._end = _read(path)
         os.ftruncate(self.descriptor, self._end)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -43,6 +34,24 @@ class Journal:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal that somebody else may be writing."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines before the first that is not whole, and their length in bytes."""
+    records: list[dict[str, Any]] = []
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        record = _parsed(line)
+        if record is None:
+            break  # torn by a crash, or zeros after a power loss: what follows it cannot be trusted
+        records.append(record)
+        end += len(line)
+    return records, end
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from exporter.errors import ExporterError
 from exporter.pipeline import leaves as parallel
 from exporter.pipeline.progress import Progress
-from exporter.pipeline.store import Source, Store
+from exporter.pipeline.store import Source, Store, leaf_record
+from exporter.pipeline.store_data import StoreData
 from exporter.quantize.exact import from_floats, from_mxfp4
 from exporter.quantize.rtn import repack, require_finite, round_to
 from exporter.types import QTensor, leaf_count, leaf_range
@@ -41,10 +44,27 @@ def obtain(store: Store, step: Step, leaf: int, source: Source) -> QTensor:
     """The final numbers of one leaf: from the store where they are intact, or made now and committed to it."""
     if (stored := store.intact(step, leaf)) is not None:
         return stored
-    q = source(step.name, *leaf_range(step.spec.shape, leaf))
-    q, facts = make(step, q)
+    q, facts = make(step, source(step.name, *leaf_range(step.spec.shape, leaf)))
     store.append(step, leaf, q, facts)
     return q
+
+
+def quantize_apart(
+    data: StoreData, wanted: Sequence[tuple[Step, int]], source: Source, workers: int
+) -> list[dict[str, Any]]:
+    """Make leaves of a store that is another process's: write them, and return their records for its journal."""
+    records: list[dict[str, Any]] = []
+
+    def work(task: tuple[Step, int]) -> None:
+        step, leaf = task
+        q, facts = make(step, source(step.name, *leaf_range(step.spec.shape, leaf)))
+        if not step.by_reference:
+            data.write(step, leaf, q)
+        records.append(leaf_record(step, leaf, q, facts))
+
+    parallel.each(wanted, work, workers)
+    os.fsync(data.descriptor)  # a record must not reach the journal before its leaf has reached the disk
+    return records
 
 
 def make(step: Step, q: QTensor) -> tuple[QTensor, dict[str, int]]:

@@ -40,7 +40,7 @@ class RunResult:
 class Run:
     """One run on one model. Stages share the opened checkpoint, the stores and the reference."""
 
-    def __init__(self, request: RunRequest, progress: Progress) -> None:
+    def __init__(self, request: RunRequest, progress: Progress, maker: type[Maker] = Maker) -> None:
         self.request, self.progress = request, progress
         profile = load_profile(request.profile)
         preflight(request, profile)
@@ -51,7 +51,7 @@ class Run:
             raise UsageError(f"{folder} is the checkpoint itself", hint="choose another --out")
         tokenizer = accepted_tokenizer(self.model.checkpoint, self.plan)
         workers = leaves_at_once(request, self.plan)
-        self.maker = Maker(request, self.plan, self.model, tokenizer, workers, progress)
+        self.maker = maker(request, self.plan, self.model, tokenizer, workers, progress)
 
     def run(self) -> RunResult:
         """Do the stages up to `request.until`."""

@@ -15,22 +15,21 @@ import contextlib
 import glob
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from exporter.errors import ExporterError
-from exporter.pipeline.files import flushing, reserve, write_at, write_whole
-from exporter.pipeline.journal import Journal
+from exporter.pipeline.files import flushing, write_whole
+from exporter.pipeline.journal import Journal, read_records
 from exporter.pipeline.source import OpenedModel
+from exporter.pipeline.store_data import StoreData
 from exporter.quantize import NUMBERS
 from exporter.quantize.exact import from_mxfp4
 from exporter.types import QTensor, leaf_count, leaf_range, leaf_rows, tensor_digest
 from exporter.types.recipe import Step
 
+_JOURNAL = "journal.jsonl"
 _RECORD = ("tensor", "leaf", "digest")  # of a journal line; its other keys are facts
 Source = Callable[[str, int, int], QTensor]
 
@@ -38,23 +37,31 @@ Source = Callable[[str, int, int], QTensor]
 class Store:
     """Finished leaves of the steps of one plan. `append` may be called from several threads."""
 
-    def __init__(self, folder: Path, steps: Sequence[Step], source: Source, about: Mapping[str, Any]) -> None:
-        """Create the store of these steps, or take up an earlier run's. `about` is written for readers."""
+    def __init__(
+        self,
+        folder: Path,
+        steps: Sequence[Step],
+        source: Source,
+        about: Mapping[str, Any],
+        read_only: bool = False,
+    ) -> None:
+        """Create the store of these steps, or take up an earlier run's. `about` is written for readers.
+
+        `read_only`: of a finished one, which others read at the same time; nothing in it is changed.
+        """
         self.folder, self.steps, self._source = folder, {s.name: s for s in steps}, source
         self._digests: dict[tuple[str, int], str] = {}
         self._facts: dict[tuple[str, int], dict[str, Any]] = {}
-        self._offsets, size = _offsets(steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        if read_about(folder) != about:
-            write_whole(folder / "store.json", json.dumps(about, indent=1) + "\n")
-        self._data = os.open(folder / "data.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        reserve(self._data, size)
-        self._journal = Journal(folder / "journal.jsonl")
-        for record in self._journal.records:
-            name, i, digest = record.get("tensor"), record.get("leaf"), record.get("digest")
-            if name in self.steps and isinstance(i, int) and isinstance(digest, str):
-                self._digests[name, i] = digest
-                self._facts[name, i] = {k: v for k, v in record.items() if k not in _RECORD}
+        self._journal: Journal | None = None
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            if read_about(folder) != about:
+                write_whole(folder / "store.json", json.dumps(about, indent=1) + "\n")
+        self._data = StoreData(folder, steps, "read" if read_only else "make")
+        if not read_only:
+            self._journal = Journal(folder / _JOURNAL)
+        for record in self._journal.records if self._journal else read_records(folder / _JOURNAL):
+            self._take(record)
 
     def has(self, step: Step, leaf: int) -> bool:
         return (step.name, leaf) in self._digests
@@ -64,23 +71,45 @@ class Store:
         return all(self.has(s, i) for s in steps for i in range(leaf_count(s.spec.shape)))
 
     def append(self, step: Step, leaf: int, q: QTensor, facts: Mapping[str, Any] | None = None) -> None:
-        """Commit one leaf, and what is known of how it was made (JSON values)."""
-        digest = q.leaf_digest().hex()
+        """Commit one leaf, and what is known of how it was made (JSON values).
+
+        Where nothing may be changed, what was made again must be what was committed: raises ExporterError.
+        """
+        record = leaf_record(step, leaf, q, facts)
+        if self._journal is None:
+            if record["digest"] != self._digests.get((step.name, leaf)):
+                raise ExporterError(
+                    f"{step.name} is not in {self.folder} as it was committed, nor made the same again",
+                    hint=f"delete {self.folder} and run again",
+                )
+            return
         if not step.by_reference:
-            parts = [np.ascontiguousarray(p).view(np.uint8).reshape(-1) for p in _parts(q)]
-            write_at(self._data, parts, self._offset(step, leaf))
-        self._journal.append({"tensor": step.name, "leaf": leaf, "digest": digest, **(facts or {})})
-        self._digests[step.name, leaf] = digest
-        self._facts[step.name, leaf] = dict(facts or {})
+            self._data.write(step, leaf, q)
+        self.record(record)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Commit a leaf that somebody else has written into data.bin: its `leaf_record`."""
+        assert self._journal is not None
+        self._journal.append(record)
+        self._take(record)
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        name, i, digest = record.get("tensor"), record.get("leaf"), record.get("digest")
+        if name in self.steps and isinstance(i, int) and isinstance(digest, str):
+            self._digests[name, i] = digest
+            self._facts[name, i] = {k: v for k, v in record.items() if k not in _RECORD}
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Fill the store in this block; what is in it at the end is durable."""
-        return flushing([self._data, self._journal.descriptor])
+        if self._journal is None:
+            return contextlib.nullcontext()
+        return flushing([self._data.descriptor, self._journal.descriptor])
 
     def release(self) -> None:
         """Give the files back, finished or not."""
-        os.close(self._data)
-        self._journal.close()
+        self._data.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def intact(self, step: Step, leaf: int) -> QTensor | None:
         """A finished leaf as it was committed; None when there is none or its bytes have changed."""
@@ -94,7 +123,7 @@ class Store:
         if step.by_reference:
             q = self._source(step.name, *leaf_range(step.spec.shape, leaf))
             return from_mxfp4(q, step.scheme) if step.method == "exact" else q
-        return self._read_data(step, leaf)
+        return self._data.read(step, leaf)
 
     def leaf_digest(self, step: Step, leaf: int) -> bytes:
         """The committed digest of a finished leaf."""
@@ -118,27 +147,10 @@ class Store:
         facts = self.facts(step)
         return sum(f.get("exact", 0) for f in facts), sum(f.get("blocks", 0) for f in facts)
 
-    def _offset(self, step: Step, leaf: int) -> int:
-        start = leaf_range(step.spec.shape, leaf)[0]
-        return self._offsets[step.name] + start * (step.stored_bytes // step.spec.shape[0])
 
-    def _read_data(self, step: Step, leaf: int) -> QTensor:
-        scheme, k = step.scheme, step.spec.shape[-1]
-        start, stop = leaf_range(step.spec.shape, leaf)
-        lead = (stop - start, *step.spec.shape[1:-1]) if len(step.spec.shape) > 1 else ()
-        rows = int(np.prod(lead, dtype=np.int64))
-        raw = os.pread(self._data, rows * scheme.row_bytes(k), self._offset(step, leaf))
-        if len(raw) != rows * scheme.row_bytes(k):
-            raise ExporterError(f"{self.folder / 'data.bin'} is cut short", hint=f"delete {self.folder} and run again")
-        buffer = np.frombuffer(raw, np.uint8)
-        n_data, n_scales = rows * scheme.data_bytes(k), rows * scheme.scale_bytes(k)
-        data = buffer[:n_data].reshape(*lead, -1)
-        if scheme.kind == "float":
-            return QTensor(step.name, scheme, data)
-        scales = buffer[n_data : n_data + n_scales]
-        typed = scales if scheme.scale == "e8m0" else scales.view(np.float16)
-        zeros = None if scheme.symmetric else buffer[n_data + n_scales :].reshape(*lead, -1)
-        return QTensor(step.name, scheme, data, typed.reshape(*lead, -1), zeros)
+def leaf_record(step: Step, leaf: int, q: QTensor, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The journal's line on a finished leaf."""
+    return {"tensor": step.name, "leaf": leaf, "digest": q.leaf_digest().hex(), **(facts or {})}
 
 
 def store_folder(out: Path, recipe: str, key: str) -> Path:
@@ -168,6 +180,7 @@ def open_store(
     steps: Sequence[Step],
     key: str,
     calibration: Mapping[str, Any] | None = None,
+    read_only: bool = False,
 ) -> Store:
     """The store of a recipe's steps on a model, new or taken up. `calibration` says what they were calibrated on."""
     about = {
@@ -178,7 +191,7 @@ def open_store(
         "numbers": store_key(model.fingerprint(), steps),
         "calibration": calibration,
     }
-    return Store(store_folder(out, recipe, key), steps, model.checkpoint.read, about)
+    return Store(store_folder(out, recipe, key), steps, model.checkpoint.read, about, read_only)
 
 
 def store_key(fingerprint: str, steps: Sequence[Step], calibration: str = "") -> str:
@@ -194,16 +207,3 @@ def store_key(fingerprint: str, steps: Sequence[Step], calibration: str = "") ->
         what = (s.name, s.method, s.source.name, s.scheme.name, how, str(leaf_rows(s.spec.shape)))
         h.update(" ".join(what).encode() + b"\n")
     return h.hexdigest()
-
-
-def _offsets(steps: Sequence[Step]) -> tuple[dict[str, int], int]:
-    at, offsets = 0, {}
-    for step in steps:
-        if not step.by_reference:
-            offsets[step.name] = at
-            at += -(-step.stored_bytes // 64) * 64
-    return offsets, at
-
-
-def _parts(q: QTensor) -> list[np.ndarray[Any, Any]]:
-    return [part for part in (q.data, q.scales, q.zeros) if part is not None]

@@ -161,7 +161,7 @@ def damage_leaf(job, name, leaf):
     store = job.store()
     store.release()
     with open(job.folder / "data.bin", "r+b") as f:
-        f.seek(store._offset(store.steps[name], leaf) + 100)
+        f.seek(store._data.offset(store.steps[name], leaf) + 100)
         byte = f.read(1)[0]
         f.seek(-1, 1)
         f.write(bytes([byte ^ 3]))
