@@ -1,12 +1,16 @@
-# Four targets, no logic. The environment lives in .venv and is made again when what it holds changes.
+# Six targets, no logic. The environment lives in .venv and is made again when what it holds changes.
 PYTHON ?= python3
 PROFILE ?= 16gb
 MODEL ?= tests/data/tiny-gpt-oss
 
-.PHONY: demo test check fix docs
+.PHONY: demo matrix test check fix docs
 
 demo: .venv/ready
 	.venv/bin/exporter quantize --profile $(PROFILE) $(MODEL)
+
+# Every artifact of every profile. How fast a model of 6 MB is says nothing: the long tests of speed are left out.
+matrix: .venv/ready
+	EXPORTER_SPEED_SECONDS=0 .venv/bin/exporter matrix --run --model $(MODEL)
 
 test: .venv/ready
 	.venv/bin/python -m pytest
