@@ -27,6 +27,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "inspect": ("exporter.cli.inspect", "Describe a checkpoint."),
         "doctor": ("exporter.cli.doctor", "Look for everything that is wrong with a checkpoint."),
     },
+    "Publish": {
+        "card": ("exporter.cli.card", "Write the model card of one or several artifacts."),
+        "sign": ("exporter.cli.sign", "Sign an artifact with a key of yours."),
+        "publish": ("exporter.cli.publish", "Put proved artifacts on the Hugging Face Hub, in one commit."),
+        "matrix": ("exporter.cli.matrix", "List, make and check every artifact of every profile."),
+    },
     "Look up": {
         "profiles": ("exporter.cli.profiles", "List profiles and recipes, or print one."),
         "formats": ("exporter.cli.formats", "List formats and what each stores exactly."),

@@ -31,7 +31,9 @@ def guarded(call: Callable[[], Any], as_json: bool) -> int:
         # The reader of our output has gone (`| head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
+        if isinstance(stop, click.Abort):  # at a question, whose line has not ended
+            print(file=sys.stderr)
         stopped = Interrupted("interrupted", hint="run the same command to go on from here")
         return _report(stopped.message, stopped.hint, stopped.exit_code, as_json)
     except ExporterError as e:
@@ -75,15 +77,15 @@ def _debug() -> None:
 
 
 def _report(message: str, hint: str | None, code: int, as_json: bool) -> int:
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     if hint:
-        print(f"  hint: {_one_line(hint)}", file=sys.stderr)
+        print(f"  hint: {one_line(hint)}", file=sys.stderr)
     if as_json:
         with contextlib.suppress(OSError):  # stdout may be what failed
             print(json.dumps({"status": "error", "message": message, "hint": hint, "exit_code": code}))
     return code
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A path may hold anything: line ends and terminal codes are written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

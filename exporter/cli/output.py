@@ -89,7 +89,11 @@ class _Bars(Progress):
         from rich.console import Console
         from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Rich
+        from rich.table import Column
         from rich.text import Text
+
+        # Where the window is narrow, the bar and the label give way: a figure on two lines is none.
+        figure, label = Column(no_wrap=True), Column(overflow="ellipsis")
 
         class Peak(ProgressColumn):
             def render(self, task: Any) -> Text:
@@ -105,13 +109,13 @@ class _Bars(Progress):
 
         self._columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=figure),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            Done(),
-            TimeRemainingColumn(),
-            Peak(),
-            TextColumn("[dim]{task.fields[label]}"),
+            TextColumn("{task.percentage:>3.0f}%", table_column=figure),
+            Done(figure),
+            TimeRemainingColumn(table_column=figure),
+            Peak(figure),
+            TextColumn("[dim]{task.fields[label]}", table_column=label),
         )
         self._console = Console(stderr=True)
         self._rich_class: Any = Rich

@@ -220,7 +220,7 @@ def undisturbed(tmp_path_factory):
 
 # Two fifths of the events are calibration's: the embeddings are named at the 12th, the layer that is calibrated
 # begins after the 79th (attention, then experts: a leaf and its line in the journal each) and ends before the 250th.
-@pytest.mark.parametrize("event", [12, 79, 90, 150, 230, 800])
+@pytest.mark.parametrize("event", [*(pytest.param(n, marks=pytest.mark.slow) for n in (12, 90, 150)), 79, 230, 800])
 def test_killed_and_resumed_gives_the_same_bytes(event, undisturbed, tmp_path):
     whole, events = undisturbed
     assert 850 < events < 1000  # else the numbers above mean other moments
