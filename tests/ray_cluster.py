@@ -32,7 +32,7 @@ class LocalCluster:
             "RAY_TMPDIR": str(self._folder),
             "RAY_health_check_initial_delay_ms": "0",  # a lost node is noticed in seconds
             "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_failure_threshold": "3",
+            "RAY_health_check_failure_threshold": "5",
         }
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.ray_cluster"],

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import enable_progress_bars
 
 from exporter.errors import ExporterError
 from exporter.pipeline.progress import Progress
@@ -46,6 +47,7 @@ def published(hub: LoopbackHub, artifact: Path) -> bool:
 
 
 def test_published_through_xet(hub: LoopbackHub, artifact: Path) -> None:
+    enable_progress_bars()  # else the client tells nobody; some other test may have disabled them
     seen: list[int] = []
 
     class Watch(Progress):
