@@ -220,8 +220,8 @@ class Decoding:
 
     @property
     def chooses_in_half(self) -> bool:
-        """Whether the routers whose experts can be read here have 16-bit logits."""
-        return bool(self._routers) and self._routers[0].dtype != np.float32
+        """Whether its experts can be read here, and follow from 16-bit activations, as its cache has them."""
+        return bool(self._routers) and any("16" in value.data_type() for value in self._cache.values())
 
     def undecided(self, top_k: int) -> npt.NDArray[np.bool_]:
         """Of the last call, [layers, n]: whether the last expert that is chosen and the first that is not are equal."""
