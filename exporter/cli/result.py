@@ -9,6 +9,7 @@ from typing import Any
 from exporter.cli.failures import stoppable
 from exporter.cli.output import peak_rss, print_json, print_table, progress, say
 from exporter.pipeline.progress import Progress
+from exporter.types.profile import artifact_folder
 from exporter.types.sizes import format_size
 
 
@@ -109,7 +110,7 @@ def _show(plan: Any, rows: list[dict[str, Any]], seconds: float) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
-    return "-".join(part for part in (row["format"], row["recipe"], row["target"]) if part)
+    return artifact_folder(row["format"], row["recipe"], row["target"])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -19,10 +19,9 @@ from exporter.pipeline.publish import PublishAsk, Published, plan_publish, publi
 from exporter.pipeline.publish_artifact import ROOT_ONLY
 from exporter.pipeline.report import write_pages
 from exporter.pipeline.run import Run
-from exporter.pipeline.seal import REPORTS, proof_of, require_sealed, seal_proof, verdict
+from exporter.pipeline.seal import OWN_CAP, REPORTS, proof_of, require_sealed, seal_proof, verdict
 
 PROOF = ("manifest.json", "provenance.json", *REPORTS, "SHA256SUMS")  # what an artifact's proof is, without its data
-_CAP = 64 << 20  # bytes of a manifest or a report
 # What a file that anybody may have written can make of code that reads it.
 _DAMAGED = (ExporterError, OSError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 Verdict = Literal["passed", "missing", "gate failed", "inconsistent"]
@@ -82,7 +81,7 @@ def _proofs(folder: Path) -> Iterator[Proved]:
 
 def _read(folder: Path) -> Proved:
     texts = [folder / name for name in ("manifest.json", "report.json")]
-    if not all(path.is_file() and path.stat().st_size <= _CAP for path in texts):  # a pipe would be waited for
+    if not all(path.is_file() and path.stat().st_size <= OWN_CAP for path in texts):  # a pipe would be waited for
         raise ValueError
     manifest, report = (json.loads(path.read_bytes()) for path in texts)
     return Proved(folder, manifest, report)

@@ -10,6 +10,7 @@ from typing import Any
 from exporter.pipeline.card_proof import proof, runtime_of, sealed_proof
 from exporter.publish.card import Item, Picture
 from exporter.publish.card.facts import Loss, Status
+from exporter.types.profile import artifact_folder
 from exporter.validate.report import blocks, document, figures, sentence, words
 from exporter.validate.report.html import alone
 from exporter.validate.report.reading import listed, number, table
@@ -33,7 +34,7 @@ class Entry:
 
 def artifact_name(manifest: Mapping[str, Any]) -> str:
     """What an artifact's folder is called: "gguf-mxfp4-q8", "onnx-gptq-int4-g64-webgpu"."""
-    return "-".join(filter(None, (said(manifest, key) for key in ("format", "recipe.name", "target"))))
+    return artifact_folder(said(manifest, "format"), said(manifest, "recipe.name"), said(manifest, "target"))
 
 
 def item_of(entry: Entry, drawn: dict[str, bytes]) -> Item:

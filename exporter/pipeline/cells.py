@@ -26,7 +26,7 @@ from exporter.pipeline.run import Run
 from exporter.pipeline.seal import proof_of, verdict
 from exporter.pipeline.source import ModelOutline, outline_model
 from exporter.pipeline.validate import read_made
-from exporter.types.profile import ArtifactSpec, Profile
+from exporter.types.profile import ArtifactSpec, Profile, artifact_folder
 from exporter.validate import text
 
 Status = Literal["passed", "gate failed", "error"]
@@ -49,8 +49,8 @@ class Cell:
 
     @property
     def artifact(self) -> str:
-        """The name of its folder, as ArtifactSpec.folder."""
-        return "-".join(part for part in (self.format, self.recipe, self.target) if part)
+        """The name of its folder."""
+        return artifact_folder(self.format, self.recipe, self.target)
 
     @property
     def name(self) -> str:

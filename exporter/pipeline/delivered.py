@@ -24,12 +24,11 @@ from exporter.pipeline.integrity import (
     names_in,
 )
 from exporter.pipeline.progress import Progress
-from exporter.pipeline.seal import OWN_FILES, SIGNATURE, proof_of
+from exporter.pipeline.seal import OWN_CAP, OWN_FILES, SIGNATURE, proof_of
 from exporter.pipeline.sign import check_signature, is_file_name, load_public_key, signed_files, unlike_signed
 
 _FILES = (".gguf", ".onnx", ".safetensors")
 _LISTS = ("manifest.json", SUMS)
-_CAP = 64 << 20  # bytes of one of exporter's own files
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _fetch(model: HubModel, folder: str, progress: Progress) -> _Fetched:
             raise _nothing(str(model), folder, names)
         listed = {name: _below(remote, name) for name in chosen}
         own = [listed[name][each] for name in chosen for each in sorted(OWN_FILES & listed[name].keys())]
-        large = next((file for file in own if file.size > _CAP), None)
+        large = next((file for file in own if file.size > OWN_CAP), None)
         if large:
             raise ExporterError(f"{model}: {large.name} has {large.size:,} bytes", hint="it is none of exporter's")
         _ensure(job, own, f"fetch the lists of {model}", progress)

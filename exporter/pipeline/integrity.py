@@ -17,7 +17,7 @@ from typing import Any
 from exporter.errors import ExporterError
 from exporter.pipeline.manifest import hash_files
 from exporter.pipeline.progress import Progress
-from exporter.pipeline.seal import OWN_FILES, proof_of, verdict
+from exporter.pipeline.seal import OWN_CAP, OWN_FILES, proof_of, verdict
 from exporter.pipeline.validate import Made, read_made
 
 SUMS = "SHA256SUMS"
@@ -26,7 +26,6 @@ BESIDE = frozenset({"README.md", "LICENSE", ".gitattributes", ".gitignore"})
 _PICTURES = (".svg", ".png")
 _CLIENTS = (".git", ".cache")  # of git, and of the Hub's client
 _DEPTH = 4  # OUT/model/profile/artifact, and one more
-_CAP = 64 << 20  # bytes of a file that is read whole
 _AGAIN = "download it again"
 
 
@@ -133,7 +132,7 @@ def _require_own_hashes(folder: Path) -> None:
     """
     sums = folder / SUMS
     changing = (folder / f"{SUMS}.next").exists()  # killed while it was proved: `read_made` finishes it
-    if changing or not sums.is_file() or sums.stat().st_size > _CAP:
+    if changing or not sums.is_file() or sums.stat().st_size > OWN_CAP:
         return
     known = dict(line.split("  ", 1)[::-1] for line in sums.read_text(errors="replace").splitlines() if "  " in line)
     for name in ("manifest.json", "provenance.json"):
@@ -144,7 +143,7 @@ def _require_own_hashes(folder: Path) -> None:
             raise ExporterError(f"{path} is missing", hint=_AGAIN)
         if name not in known:
             raise ExporterError(f"{sums} does not name {name}", hint=_AGAIN)
-        if path.stat().st_size > _CAP or hashlib.sha256(path.read_bytes()).hexdigest() != known[name]:
+        if path.stat().st_size > OWN_CAP or hashlib.sha256(path.read_bytes()).hexdigest() != known[name]:
             raise ExporterError(f"{path} is not the file that {SUMS} names: its bytes changed", hint=_AGAIN)
 
 
@@ -157,7 +156,7 @@ def _wrong_report(folder: Path, made: Made) -> Iterator[ExporterError]:
         yield ExporterError(f"{path} is missing: manifest.json says that it was proved", hint=_AGAIN)
         return
     try:
-        report = json.loads(path.read_bytes() if path.stat().st_size < _CAP else b"")
+        report = json.loads(path.read_bytes() if path.stat().st_size < OWN_CAP else b"")
         same = verdict(report) == proof and report["subject"]["digest"] == made.digest
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         yield ExporterError(f"{path} is damaged", hint=_AGAIN)

@@ -20,6 +20,7 @@ from exporter.numerics import decode
 from exporter.pipeline.files import write_whole
 from exporter.pipeline.reference import REFERENCE_TOP_K, Reference
 from exporter.pipeline.report import remove_pages, write_pages
+from exporter.pipeline.seal import OWN_CAP
 from exporter.pipeline.target import target
 from exporter.types.gates import GATES, LossClass, Verdict
 from exporter.types.profile import Profile
@@ -27,7 +28,6 @@ from exporter.validate import gates
 from exporter.validate.hardware import hardware
 
 SCHEMA = 2
-_CAP = 64 << 20  # bytes of a report
 # Left out of the gates where it could not be measured: it takes a GPU for a large model, answers that end, or more
 # context than there is.
 _OPTIONAL = ("generation", "generation.length_difference", "long")
@@ -37,7 +37,7 @@ def begin(folder: Path) -> dict[str, Any]:
     """Whatever the reports in `folder` said, its artifact is judged anew; what the last one was."""
     path, before = folder / "report.json", None
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        plain = path.is_file() and path.stat().st_size < _CAP  # opening a pipe waits for whoever writes it
+        plain = path.is_file() and path.stat().st_size < OWN_CAP  # opening a pipe waits for whoever writes it
         before = json.loads(path.read_bytes()) if plain else None
     path.unlink(missing_ok=True)
     remove_pages(folder)

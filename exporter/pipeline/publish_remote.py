@@ -12,13 +12,12 @@ from typing import Any
 from exporter.errors import ExporterError, Refused
 from exporter.pipeline.integrity import is_expected_beside
 from exporter.pipeline.publish_artifact import ROOT_ONLY
-from exporter.pipeline.seal import OWN_FILES, proof_of, verdict
+from exporter.pipeline.seal import OWN_CAP, OWN_FILES, proof_of, verdict
 from exporter.publish.card import MARK
 from exporter.publish.repository import Repository, Tree
 from exporter.publish.upload import Upload
 
 README = "README.md"
-_CAP = 64 << 20  # bytes of a manifest, a report, a card
 _PICTURE = re.compile(r"(?:\]\(|src=\"|srcset=\")(plots/[\w.-]+)")
 _HEAD = re.compile(r"\A---\n(?:(?!---).*\n)*---\s*\Z")  # and nothing below it
 
@@ -108,7 +107,7 @@ def _small(repository: Repository, commit: str, tree: Tree, name: str) -> bytes 
     file = tree.get(name)
     if file is None:
         return None
-    if file.size > _CAP:
+    if file.size > OWN_CAP:
         raise ExporterError(f"{repository.repo}: {name} has {file.size:,} bytes", hint="remove it on the Hub")
     return repository.read(file, commit)
 

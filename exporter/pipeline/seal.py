@@ -24,6 +24,7 @@ REPORTS = ("report.json", "report.md", "report.html")
 SIGNATURE = "model.sig"
 # What may lie beside an artifact's data.
 OWN_FILES = frozenset({"manifest.json", "provenance.json", "SHA256SUMS", SIGNATURE, *REPORTS})
+OWN_CAP = 64 << 20  # bytes of any of these; a larger one is none of ours, and is not read
 _NEXT = "SHA256SUMS.next"
 
 

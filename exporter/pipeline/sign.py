@@ -22,7 +22,7 @@ from exporter.pipeline.files import write_whole
 from exporter.pipeline.integrity import BESIDE, Checked, check_artifact, names_in
 from exporter.pipeline.manifest import hash_files
 from exporter.pipeline.progress import Progress
-from exporter.pipeline.seal import SIGNATURE
+from exporter.pipeline.seal import OWN_CAP, SIGNATURE
 
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
@@ -31,7 +31,6 @@ _PLAIN = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
 _IGNORED = (SIGNATURE, *sorted(BESIDE), ".cache", ".git", "plots")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
-_CAP = 64 << 20  # bytes of a signature
 _KEY_CAP = 1 << 20  # bytes of a key
 _AGAIN = "download it again; without it, nothing says who made the artifact"
 
@@ -195,7 +194,7 @@ def _fingerprint(key: Any) -> str:
 
 def _bundle(path: Path) -> tuple[str, dict[str, str]]:
     """The hash of the key that it names, "" where it names none, and SHA-256 by name of the files."""
-    if not path.is_file() or path.stat().st_size > _CAP:
+    if not path.is_file() or path.stat().st_size > OWN_CAP:
         raise ExporterError(f"{path} is no signature", hint=_AGAIN)
     try:
         bundle = json.loads(path.read_bytes())

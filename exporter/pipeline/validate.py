@@ -30,14 +30,13 @@ from exporter.pipeline.progress import Progress
 from exporter.pipeline.request import RunRequest, plan_request
 from exporter.pipeline.run import ArtifactResult, RunResult
 from exporter.pipeline.runtimes import require_runtimes, require_writers
-from exporter.pipeline.seal import require_sealed
+from exporter.pipeline.seal import OWN_CAP, require_sealed
 from exporter.pipeline.source import open_model
-from exporter.types.profile import ArtifactSpec, Profile
+from exporter.types.profile import ArtifactSpec, Profile, artifact_folder
 from exporter.validate.onnx_file import printable
 from exporter.validate.runtime import SCRATCH_PREFIX
 
 _AGAIN = "download it again, or exporter quantize ... --overwrite makes it again"
-_CAP = 64 << 20  # bytes of a manifest, a report, a list of hashes
 T = TypeVar("T")
 
 
@@ -219,7 +218,7 @@ def _json(path: Path) -> Any:
 def _require_small(path: Path) -> None:
     if not path.is_file():
         raise ExporterError(f"{path} is no file", hint=_AGAIN)
-    if path.stat().st_size > _CAP:
+    if path.stat().st_size > OWN_CAP:
         raise ExporterError(f"{path} is damaged: {path.stat().st_size:,} bytes", hint=_AGAIN)
 
 
@@ -325,7 +324,7 @@ def _output(folder: Path, made: Made) -> Iterator[Path]:
         raise ExporterError(f"{folder} cannot be written, and report.json goes there", hint="copy it, or chmod u+w")
     place = folder.resolve()
     above = place.parents[1] if len(place.parents) > 2 else place
-    named = "-".join(part for part in (made.format, made.recipe, made.target) if part)
+    named = artifact_folder(made.format, made.recipe, made.target)
     if (above.name, place.name) == (made.model, named) and os.access(above, os.W_OK):
         yield above.parent
         return

@@ -36,6 +36,11 @@ class Hardware:
         return self.memory - self.reserve
 
 
+def artifact_folder(form: str, recipe: str, target: str) -> str:
+    """What the folder of an artifact is called."""
+    return "-".join(part for part in (form, recipe, target) if part)
+
+
 @dataclass(frozen=True)
 class ArtifactSpec:
     """One file or folder to make. `split_size`: bytes above which a file is split; 0 never.
@@ -53,7 +58,7 @@ class ArtifactSpec:
 
     @property
     def folder(self) -> str:
-        return "-".join(part for part in (self.format, self.recipe, self.target) if part)
+        return artifact_folder(self.format, self.recipe, self.target)
 
 
 @dataclass(frozen=True)
